@@ -1,0 +1,85 @@
+"""What subscribers see: events, and the cursors that say how far one has read."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import orjson
+
+from app.core.errors import InvalidCursor
+
+_CURSOR = re.compile(r"([a-z0-9]{4,16})-(0|[1-9][0-9]{0,17})", re.ASCII)
+
+
+class EventType(StrEnum):
+    # Durable: in the journal before anyone sees them.
+    QUEUED = "queued"
+    STARTED = "started"
+    MATCHES = "matches"
+    CANCELLING = "cancelling"
+    END = "end"
+    # Ephemeral: the latest wins.
+    PROGRESS = "progress"
+    # Of the connection, not of the scan.
+    RESET = "reset"
+    THROTTLED = "throttled"
+    BYE = "bye"
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A position in the service-wide order of durable events: all events with a number up to `n` have been read.
+
+    The epoch names the log's life. Without it, a cursor from a log that was deleted would point into the middle of
+    a new one, and a client would silently miss what came before.
+    """
+
+    epoch: str
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.n}"
+
+    @classmethod
+    def parse(cls, text: str, field: str = "after") -> Self:
+        """Raises InvalidCursor, naming the field that held the text."""
+        match = _CURSOR.fullmatch(text)
+        if match is None:
+            raise InvalidCursor(
+                f"{field}: {text[:40]!r} is not a cursor. Send one that this service gave you, such as 'k3f9-1042', "
+                "or none to read from the start.",
+                errors=[{"field": field, "message": "not a cursor; it looks like 'k3f9-1042'"}],
+            )
+        return cls(match[1], int(match[2]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """One event, turned into JSON once. `n` is its place in the service-wide order; None for ephemeral ones."""
+
+    type: EventType
+    scan: str
+    seq: int
+    n: int | None
+    id: str | None  # the cursor that stands right behind this event
+    json: bytes
+    ts: int  # milliseconds since 1970
+
+
+def make_event(
+    type: EventType, scan: str, seq: int, data: Mapping[str, Any], ts: int, cursor: Cursor | None = None
+) -> Event:
+    """Encodes the event of DESIGN's wire format; without a cursor it has no `id`."""
+    head: dict[str, Any] = {} if cursor is None else {"id": str(cursor)}
+    body = orjson.dumps({**head, "scan": scan, "seq": seq, "type": type, "ts": ts, "data": data})
+    return Event(
+        type=type,
+        scan=scan,
+        seq=seq,
+        n=None if cursor is None else cursor.n,
+        id=None if cursor is None else str(cursor),
+        json=body,
+        ts=ts,
+    )

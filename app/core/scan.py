@@ -1,0 +1,157 @@
+"""What a scan is: its states, the facts it was submitted with, and what its durable events make of it."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any, Self
+
+import orjson
+
+from app.core.errors import WrongState
+from app.core.event import EventType
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED, State.LOST})
+_NEXT: dict[State, frozenset[State]] = {
+    # Queued again: its position changed.
+    State.QUEUED: frozenset({State.QUEUED, State.RUNNING, State.CANCELLED, State.LOST}),
+    # Queued again: a restart found the scan unfinished, and it waits for a slot once more.
+    State.RUNNING: _TERMINAL | {State.CANCELLING, State.QUEUED},
+    State.CANCELLING: _TERMINAL,
+}
+
+
+def check_transition(old: State, new: State) -> None:
+    """Raises WrongState unless a scan may go from `old` to `new`."""
+    allowed = _NEXT.get(old, frozenset())
+    if new not in allowed:
+        expected = ", ".join(sorted(allowed)) or "nothing, it has ended"
+        raise WrongState(f"A scan that is {old} can become {expected}; it cannot become {new}.")
+
+
+Row = Mapping[str, Any]  # one match: JSON values only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """Rows of one symbol that a scan left out, and why."""
+
+    symbol: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Work done so far. It comes from chunks that are finished, never from a clock."""
+
+    done: int
+    total: int
+    unit: str
+    rate: float | None = None  # units per second
+    eta_s: tuple[float, float] | None = None  # low and high, in seconds
+    matches: int = 0
+    phase: str = "scanning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """One run of one scanner with one set of parameters: what was asked, and what its events made of it.
+
+    It never changes; `fold` gives the scan after one more event. So what is committed and what is still on its way
+    into the journal are two values, and nobody can be shown the wrong one.
+    """
+
+    # What was asked.
+    id: str
+    scanner: str
+    params: Mapping[str, Any]  # normalised: every default filled in
+    client: str
+    created_ts: int  # milliseconds since 1970
+    data_version: str
+    same_key: str  # equal for scans that must find the same rows; see single-flight
+    cost_rows: int  # price rows to be read
+    idempotency: tuple[str, str] | None = None  # the key it was submitted with, and the hash of that body
+    cancel_when_unwatched_s: float | None = None
+
+    # What its events made of it.
+    state: State = State.QUEUED
+    seq: int = 0  # of the last durable event
+    n: int = 0  # of the last durable event, in the service-wide order
+    attempt: int = 0  # counts the runs: 1 at the first, more after restarts
+    started_ts: int | None = None
+    finished_ts: int | None = None
+    position: int | None = None  # in the queue; 1 is next
+    eta_s: tuple[float, float] | None = None  # until the start, while queued
+    matches: int = 0
+    end: Mapping[str, Any] | None = None
+    is_trimmed: bool = False  # past retention: of its events only the end is left
+
+    def fold(self, type: EventType, data: Mapping[str, Any], ts: int, n: int) -> Self:
+        """The scan after one more durable event. Raises WrongState for one that may not come now."""
+        here: dict[str, Any] = {"seq": self.seq + 1, "n": n}
+        match type:
+            case EventType.QUEUED:
+                here |= {"state": State.QUEUED, "position": data["position"], "eta_s": data["eta_s"]}
+            case EventType.STARTED:
+                here |= {"state": State.RUNNING, "position": None, "eta_s": None, "attempt": data["attempt"]}
+                here |= {"started_ts": self.started_ts or ts}
+            case EventType.MATCHES:
+                if self.state not in (State.RUNNING, State.CANCELLING):
+                    raise WrongState(f"Matches can come while a scan is running; this one is {self.state}.")
+                here |= {"matches": self.matches + len(data["rows"])}
+            case EventType.CANCELLING:
+                here |= {"state": State.CANCELLING}
+            case EventType.END:
+                here |= {"state": State(data["state"]), "position": None, "eta_s": None}
+                here |= {"finished_ts": ts, "end": data}
+            case _:
+                raise WrongState(f"A {type} event is not durable; it does not belong in the log.")
+        if "state" in here:
+            check_transition(self.state, here["state"])
+        return replace(self, **here)
+
+    def to_record(self) -> bytes:
+        """The scan as the journal keeps it."""
+        return orjson.dumps(asdict(self))
+
+    @classmethod
+    def from_record(cls, record: bytes) -> Self:
+        values = orjson.loads(record)
+        for name in ("idempotency", "eta_s"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values | {"state": State(values["state"])})
+
+
+def canonical_row(row: Row) -> bytes:
+    """One match as JSON with sorted keys and no white space: the form that digests are made of."""
+    return orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
+
+
+def digest_rows(rows: Iterable[Row]) -> str:
+    """SHA-256 over the rows in canonical order, in hex: `end.digest`.
+
+    The canonical form of a row is `canonical_row`, the canonical order that of these bytes, and a line feed stands
+    between two rows. The order in which rows arrived makes no difference.
+    """
+    return hashlib.sha256(b"\n".join(sorted(map(canonical_row, rows)))).hexdigest()
+
+
+def make_same_key(scanner: str, params: Mapping[str, Any], data_version: str) -> str:
+    """Equal for two submissions that must find the same rows."""
+    text = orjson.dumps([scanner, params, data_version], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(text).hexdigest()

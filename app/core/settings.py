@@ -1,0 +1,120 @@
+"""Every bound of the service, with its unit in its name. Read from `SCANWIRE_*` environment variables."""
+
+import hashlib
+import os
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _state_dir() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "scanwire"
+
+
+Commas = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Settings of one server. An unknown or wrong value is refused at start, by name.
+
+    Lists are written with commas: `SCANWIRE_ALLOWED_HOSTS=scan.example.org,localhost`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SCANWIRE_", frozen=True)
+
+    # Where things are kept.
+    state_dir: Path = Field(default_factory=_state_dir, description="journal and sample prices are kept here")
+    prices: Path | None = Field(None, description="Parquet price file; the real sample when not set")
+
+    # Running scans.
+    max_running: int = Field(2, ge=1, le=1000, description="scans that run at the same time (slots)")
+    max_queued: int = Field(16, ge=0, le=100_000, description="scans that may wait; 0 refuses when the slots are full")
+    max_queued_per_client: int = Field(8, ge=1, description="scans of one client that may wait or run")
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 2, ge=1, le=256, description="worker processes")
+    scan_deadline_s: float = Field(300, gt=0, description="a scan that runs longer is failed")
+    chunk_rows: int = Field(100_000, ge=1, description="price rows in one chunk, about")
+    reuse_s: float = Field(300, ge=0, description="a finished scan answers the same request this long")
+    max_matches: int = Field(100_000, ge=1, description="match rows kept for one scan; more are counted, not kept")
+
+    # What is kept.
+    retention_s: float = Field(3600, gt=0, description="events and matches are kept this long after the end")
+    tombstone_s: float = Field(86_400, ge=0, description="the end and snapshot are kept this much longer")
+    max_scans_kept: int = Field(10_000, ge=1, description="finished scans kept; the oldest go first")
+    log_memory_bytes: int = Field(64 * 2**20, ge=0, description="events of finished scans held in memory, in all")
+    idempotency_s: float = Field(86_400, gt=0, description="an Idempotency-Key is remembered this long")
+    max_idempotency_keys: int = Field(10_000, ge=1, description="idempotency keys remembered in all")
+
+    # Limits of one client: a bucket each, as <amount> per <period>.
+    submit_per_min: float = Field(2, gt=0)
+    submit_heavy_per_hour: float = Field(10, gt=0)
+    heavy_rows: int = Field(1_000_000, ge=1, description="a scan over more price rows than this is heavy")
+    read_per_s: float = Field(5, gt=0)
+    read_burst: int = Field(20, ge=1)
+    connect_per_s: float = Field(2, gt=0)
+    connect_burst: int = Field(10, ge=1)
+    message_per_s: float = Field(10, gt=0)
+    message_burst: int = Field(50, ge=1)
+    max_buckets: int = Field(100_000, ge=16, description="token buckets held in all")
+    max_streams_per_client: int = Field(32, ge=1)
+    max_streams: int = Field(20_000, ge=1, description="open streams in all")
+    max_scans_per_stream: int = Field(100, ge=1, description="scans that one connection may watch")
+
+    # Push.
+    heartbeat_s: float = Field(15, gt=0)
+    retry_ms: int = Field(2000, ge=0, description="the wait a browser is told to make before it reconnects")
+    send_timeout_s: float = Field(30, gt=0, description="a stream whose peer takes nothing for this long is closed")
+    long_poll_max_s: float = Field(60, gt=0)
+    max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
+    max_body_bytes: int = Field(65_536, ge=128, description="one request body")
+
+    # Reaper.
+    reap_every_s: float = Field(5, gt=0)
+    session_idle_s: float = Field(90, gt=0, description="a client that polled is gone after this silence")
+    queued_unwatched_s: float = Field(300, gt=0, description="a queued scan nobody watched for this long is cancelled")
+
+    # Shutdown.
+    drain_s: float = Field(10, ge=0, description="open streams are told to come back within this time")
+
+    # Who may ask.
+    allowed_hosts: Commas = Field(("localhost", "127.0.0.1", "[::1]"), description="Host names served; * for any")
+    allowed_origins: Commas = Field((), description="Origins beside the server's own; * for any")
+    trusted_proxies: Commas = Field((), description="networks whose X-Forwarded-For is believed")
+    api_keys: Commas = Field((), description="name:sha256-hex of each key; when set, a key is necessary")
+    operator_keys: Commas = Field((), description="name:sha256-hex; these open /v1/operations as well")
+
+    log_format: Literal["console", "json"] = "console"
+
+    @field_validator("allowed_hosts", "allowed_origins", "trusted_proxies", "api_keys", "operator_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                (IPv6Network if ":" in network else IPv4Network)(network)
+            except ValueError as error:
+                raise ValueError(f"{network!r} is not a network such as 10.0.0.0/8: {error}") from None
+        return value
+
+    @field_validator("api_keys", "operator_keys")
+    @classmethod
+    def _hashed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, _, digest = entry.partition(":")
+            if not name or len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
+                raise ValueError(f"{name!r} is not name:sha256-hex; make one with `scanwire key NAME`")
+        return value
+
+
+def hash_key(key: str) -> str:
+    """The form in which an API key is kept: SHA-256 in hex. A key has 128 random bits, so no salt is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
