@@ -1,0 +1,254 @@
+"""What happened, in order: the log that running scans write and subscribers read."""
+
+import asyncio
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from anyio import to_thread
+
+from app.core.errors import JournalUnavailable, UnknownScan
+from app.core.event import Cursor, Event, EventType, make_event
+from app.core.scan import Progress, Scan
+from app.log.journal import Checkpoint, Journal, Write
+
+Part = tuple[EventType, Mapping[str, Any]]
+READ_BYTES = 256 * 1024
+
+
+class _ScanLog:
+    __slots__ = ("accepted", "events", "progress", "progress_event", "shown", "size", "tip")
+
+    def __init__(self, tip: Scan, shown: Scan | None) -> None:
+        self.tip = tip  # with everything that is still on its way into the journal
+        self.shown = shown  # as committed; None until the first event is
+        self.events: list[Event] | None = []  # committed ones, oldest first; None: they are in the journal only
+        self.size = 0  # bytes of JSON in `events`
+        self.progress: Progress | None = None  # the latest, and the event that carries it
+        self.progress_event: Event | None = None
+        self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit
+
+
+class LogStatistics(NamedTuple):
+    scans: int
+    events_appended: int
+    memory_bytes: int  # held for finished scans
+    fault: str | None
+
+
+class EventLog:
+    """Durable events of all scans, in one order; a durable event can be read only once it is committed.
+
+    All methods belong to one event loop. Scans that are active are held in memory, finished ones as far as
+    `memory_bytes` allows; the rest is read back from the journal.
+    """
+
+    def __init__(self, journal: Journal, *, now_ms: Callable[[], int], memory_bytes: int) -> None:
+        self._journal = journal
+        self.now_ms = now_ms  # milliseconds since 1970
+        self._memory_bytes = memory_bytes
+        self._logs: dict[str, _ScanLog] = {}
+        self._finished: OrderedDict[str, int] = OrderedDict()  # in memory though finished, with their size
+        self._finished_bytes = 0
+        self._waiting: dict[int, asyncio.Future[Scan]] = {}  # by id() of the write
+        self._listeners: list[Callable[[str], None]] = []
+        self._last_n = 0
+        self._appended = 0
+        self._is_open = False
+        self.epoch = ""
+        self.shown_n = 0  # everything up to here is committed, or never will be
+
+    async def open(self) -> None:
+        """Opens the journal and takes up what it holds. Raises JournalUnavailable."""
+        loop = asyncio.get_running_loop()
+
+        def committed(writes: Sequence[Write]) -> None:
+            loop.call_soon_threadsafe(self._show, writes)
+
+        kept = await to_thread.run_sync(self._journal.open, committed)
+        self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
+        for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
+            log = self._logs[scan.id] = _ScanLog(scan, scan)
+            log.events = None
+        self._is_open = True
+
+    async def close(self) -> None:
+        """Commits what is left and closes the journal; what cannot be written raises where it was appended."""
+        self._is_open = False
+        left = await to_thread.run_sync(self._journal.close)
+        await asyncio.sleep(0)  # let the last commits be shown first
+        for write in left:
+            waiting = self._waiting.pop(id(write), None)
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(JournalUnavailable("The journal was closed before this could be written."))
+                waiting.exception()  # its caller may be gone; that is no reason for a warning
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Calls `listener` with the id of each scan that has something new to read."""
+        self._listeners.append(listener)
+
+    @property
+    def fault(self) -> str | None:
+        return self._journal.fault
+
+    # Writing
+
+    def create(self, scan: Scan) -> None:
+        """Makes a place for a scan. It is shown to nobody before its first event is committed."""
+        self._logs[scan.id] = _ScanLog(scan, None)
+
+    async def append(self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None) -> Scan:
+        """Returns the scan after these events once they are committed, all of them or none.
+
+        Raises WrongState for an event that may not come now, and JournalUnavailable when the log closes first. A
+        caller that is cancelled while it waits has appended all the same.
+        """
+        if not self._is_open:
+            raise JournalUnavailable("The log is closed.")
+        log = self._find(scan_id)
+        tip, events = log.tip, []
+        ts = self.now_ms()
+        n = self._last_n
+        for type_, data in parts:
+            n += 1
+            tip = tip.fold(type_, data, ts, n)
+            events.append(make_event(type_, scan_id, tip.seq, data, ts, Cursor(self.epoch, n)))
+        log.tip, self._last_n = tip, n
+        return await self._write(log, Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
+
+    async def _write(self, log: _ScanLog, write: Write) -> Scan:
+        committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
+        if log.shown is None and log.accepted is None:
+            log.accepted = committed
+        self._journal.submit(write)
+        return await asyncio.shield(committed)
+
+    def publish(self, scan_id: str, progress: Progress) -> None:
+        """Makes this the latest progress of a scan. It is shown as it is, and not kept."""
+        log = self._logs.get(scan_id)
+        if log is None or log.shown is None or log.tip.state.is_terminal:
+            return
+        log.progress = progress
+        log.progress_event = make_event(EventType.PROGRESS, scan_id, log.shown.seq, asdict(progress), self.now_ms())
+        self._tell(scan_id)
+
+    async def trim(self, scan_id: str) -> None:
+        """Forgets all events of a finished scan but its end."""
+        log = self._find(scan_id)
+        log.tip = replace(log.tip, is_trimmed=True)
+        await self._write(log, Write(scan=log.tip, trims=True))
+
+    async def remove(self, scan_id: str) -> None:
+        """Forgets a finished scan."""
+        log = self._find(scan_id)
+        await self._write(log, Write(scan=log.tip, removes=True))
+
+    def _show(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            log = self._logs[write.scan.id]
+            log.shown = write.scan
+            if write.removes:
+                self._forget(write.scan.id)
+                del self._logs[write.scan.id]
+            elif write.trims:
+                self._forget(write.scan.id)
+            elif log.events is not None:
+                log.events.extend(write.events)
+                log.size += sum(len(event.json) for event in write.events)
+            self._appended += len(write.events)
+            self.shown_n = max(self.shown_n, write.scan.n)
+            if write.events and write.scan.state.is_terminal:
+                log.progress_event = None
+                self._keep_in_memory(write.scan.id, log)
+            waiting = self._waiting.pop(id(write))
+            if not waiting.done():
+                waiting.set_result(write.scan)
+            self._tell(write.scan.id)
+
+    def _keep_in_memory(self, scan_id: str, log: _ScanLog) -> None:
+        self._finished[scan_id] = log.size
+        self._finished_bytes += log.size
+        while self._finished_bytes > self._memory_bytes and self._finished:
+            self._forget(next(iter(self._finished)))
+
+    def _forget(self, scan_id: str) -> None:
+        self._finished_bytes -= self._finished.pop(scan_id, 0)
+        log = self._logs[scan_id]
+        log.events, log.size = None, 0
+
+    def _tell(self, scan_id: str) -> None:
+        for listener in self._listeners:
+            listener(scan_id)
+
+    # Reading
+
+    def _find(self, scan_id: str) -> _ScanLog:
+        try:
+            return self._logs[scan_id]
+        except KeyError:
+            raise UnknownScan(scan_id) from None
+
+    def find(self, scan_id: str) -> Scan | None:
+        """The scan as committed, or None."""
+        log = self._logs.get(scan_id)
+        return None if log is None else log.shown
+
+    def get(self, scan_id: str) -> Scan:
+        """The scan as committed. Raises UnknownScan."""
+        scan = self.find(scan_id)
+        if scan is None:
+            raise UnknownScan(scan_id)
+        return scan
+
+    async def accept(self, scan_id: str) -> Scan:
+        """The scan, as soon as its first event is committed. Raises UnknownScan and JournalUnavailable."""
+        log = self._find(scan_id)
+        if log.shown is None and log.accepted is not None:
+            return await asyncio.shield(log.accepted)
+        return self.get(scan_id)
+
+    def list_scans(self) -> Iterator[Scan]:
+        """All scans as committed, newest first."""
+        return (log.shown for log in reversed(self._logs.values()) if log.shown is not None)
+
+    def get_progress(self, scan_id: str) -> Progress | None:
+        """The latest progress of a scan; of a finished one, where it stood."""
+        log = self._logs.get(scan_id)
+        return None if log is None else log.progress
+
+    def get_progress_event(self, scan_id: str) -> Event | None:
+        """The event that carries the latest progress, while the scan has not ended."""
+        log = self._logs.get(scan_id)
+        return None if log is None else log.progress_event
+
+    def read_nowait(self, scan_id: str, after: int, max_bytes: int = READ_BYTES) -> list[Event] | None:
+        """As `read`, for a scan that is in memory; None when the journal has to be asked."""
+        log = self._find(scan_id)
+        shown = log.shown
+        if shown is None or shown.n <= after:
+            return []
+        if log.events is None:
+            return None
+        low = bisect_right(log.events, after, key=lambda event: event.n or 0)
+        stop, size = low, 0
+        while stop < len(log.events) and (size == 0 or size + len(log.events[stop].json) <= max_bytes):
+            size += len(log.events[stop].json)
+            stop += 1
+        return log.events[low:stop]
+
+    async def read(self, scan_id: str, after: int, max_bytes: int = READ_BYTES) -> list[Event]:
+        """Committed events of a scan behind `after`, oldest first: at least one if there is one, and then no more
+        than `max_bytes` of JSON. Raises UnknownScan."""
+        events = self.read_nowait(scan_id, after, max_bytes)
+        if events is None:
+            events = await to_thread.run_sync(self._journal.read, scan_id, after, max_bytes)
+        return events
+
+    async def read_checkpoints(self, scan_id: str) -> list[Checkpoint]:
+        """The chunks of a scan that are done."""
+        return await to_thread.run_sync(self._journal.read_checkpoints, scan_id)
+
+    def statistics(self) -> LogStatistics:
+        return LogStatistics(len(self._logs), self._appended, self._finished_bytes, self.fault)
