@@ -67,13 +67,19 @@ class Event:
     json: bytes
     ts: int  # milliseconds since 1970
 
+    def load_data(self) -> dict[str, Any]:
+        """The event's `data`, read back from its JSON."""
+        data: dict[str, Any] = orjson.loads(self.json)["data"]
+        return data
+
 
 def make_event(
     type: EventType, scan: str, seq: int, data: Mapping[str, Any], ts: int, cursor: Cursor | None = None
 ) -> Event:
-    """Encodes the event of DESIGN's wire format; without a cursor it has no `id`."""
+    """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
+    here and null on the wire."""
     head: dict[str, Any] = {} if cursor is None else {"id": str(cursor)}
-    body = orjson.dumps({**head, "scan": scan, "seq": seq, "type": type, "ts": ts, "data": data})
+    body = orjson.dumps({**head, "scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data})
     return Event(
         type=type,
         scan=scan,

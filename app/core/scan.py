@@ -85,6 +85,7 @@ class Scan:
     data_version: str
     same_key: str  # equal for scans that must find the same rows; see single-flight
     cost_rows: int  # price rows to be read
+    chunk_rows: int  # the size its chunks were planned with; checkpoints count these chunks
     idempotency: tuple[str, str] | None = None  # the key it was submitted with, and the hash of that body
     cancel_when_unwatched_s: float | None = None
 
@@ -145,10 +146,18 @@ def canonical_row(row: Row) -> bytes:
 def digest_rows(rows: Iterable[Row]) -> str:
     """SHA-256 over the rows in canonical order, in hex: `end.digest`.
 
-    The canonical form of a row is `canonical_row`, the canonical order that of these bytes, and a line feed stands
-    between two rows. The order in which rows arrived makes no difference.
+    The canonical order is that of the events (by seq, and within an event as listed), which for market scans is by
+    symbol and date. Each row goes in as `canonical_row` and a line feed, so a reader can hash while rows arrive.
     """
-    return hashlib.sha256(b"\n".join(sorted(map(canonical_row, rows)))).hexdigest()
+    digest = hashlib.sha256()
+    feed_digest(digest, rows)
+    return digest.hexdigest()
+
+
+def feed_digest(digest: "hashlib._Hash", rows: Iterable[Row]) -> None:
+    """Puts more rows into a digest that is being made; see `digest_rows`."""
+    for row in rows:
+        digest.update(canonical_row(row) + b"\n")
 
 
 def make_same_key(scanner: str, params: Mapping[str, Any], data_version: str) -> str:

@@ -33,11 +33,12 @@ class Settings(BaseSettings):
     # Running scans.
     max_running: int = Field(2, ge=1, le=1000, description="scans that run at the same time (slots)")
     max_queued: int = Field(16, ge=0, le=100_000, description="scans that may wait; 0 refuses when the slots are full")
-    max_queued_per_client: int = Field(8, ge=1, description="scans of one client that may wait or run")
+    max_active_per_client: int = Field(8, ge=1, description="scans of one client that may be queued or running")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 2, ge=1, le=256, description="worker processes")
     scan_deadline_s: float = Field(300, gt=0, description="a scan that runs longer is failed")
     chunk_rows: int = Field(100_000, ge=1, description="price rows in one chunk, about")
     reuse_s: float = Field(300, ge=0, description="a finished scan answers the same request this long")
+    max_skipped: int = Field(1000, ge=0, description="symbols with skipped rows named in the end of a scan")
     max_matches: int = Field(100_000, ge=1, description="match rows kept for one scan; more are counted, not kept")
 
     # What is kept.
@@ -73,6 +74,7 @@ class Settings(BaseSettings):
 
     # Reaper.
     reap_every_s: float = Field(5, gt=0)
+    max_sessions: int = Field(100_000, ge=1, description="sessions held in all")
     session_idle_s: float = Field(90, gt=0, description="a client that polled is gone after this silence")
     queued_unwatched_s: float = Field(300, gt=0, description="a queued scan nobody watched for this long is cancelled")
 

@@ -79,11 +79,12 @@ class EventLog:
         self._is_open = False
         left = await to_thread.run_sync(self._journal.close)
         await asyncio.sleep(0)  # let the last commits be shown first
-        for write in left:
-            waiting = self._waiting.pop(id(write), None)
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(JournalUnavailable("The journal was closed before this could be written."))
-                waiting.exception()  # its caller may be gone; that is no reason for a warning
+        waiting = [self._waiting.pop(id(write)) for write in left]
+        waiting += [log.accepted for log in self._logs.values() if log.accepted is not None]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(JournalUnavailable("The journal was closed before this could be written."))
+                future.exception()  # its caller may be gone; that is no reason for a warning
 
     def listen(self, listener: Callable[[str], None]) -> None:
         """Calls `listener` with the id of each scan that has something new to read."""
@@ -97,7 +98,8 @@ class EventLog:
 
     def create(self, scan: Scan) -> None:
         """Makes a place for a scan. It is shown to nobody before its first event is committed."""
-        self._logs[scan.id] = _ScanLog(scan, None)
+        log = self._logs[scan.id] = _ScanLog(scan, None)
+        log.accepted = asyncio.get_running_loop().create_future()
 
     async def append(self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None) -> Scan:
         """Returns the scan after these events once they are committed, all of them or none.
@@ -120,8 +122,6 @@ class EventLog:
 
     async def _write(self, log: _ScanLog, write: Write) -> Scan:
         committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
-        if log.shown is None and log.accepted is None:
-            log.accepted = committed
         self._journal.submit(write)
         return await asyncio.shield(committed)
 
@@ -149,6 +149,8 @@ class EventLog:
         for write in writes:
             log = self._logs[write.scan.id]
             log.shown = write.scan
+            if log.accepted is not None and not log.accepted.done():
+                log.accepted.set_result(write.scan)
             if write.removes:
                 self._forget(write.scan.id)
                 del self._logs[write.scan.id]
@@ -195,6 +197,10 @@ class EventLog:
         log = self._logs.get(scan_id)
         return None if log is None else log.shown
 
+    def knows(self, scan_id: str) -> bool:
+        """Whether there is such a scan, committed or about to be."""
+        return scan_id in self._logs
+
     def get(self, scan_id: str) -> Scan:
         """The scan as committed. Raises UnknownScan."""
         scan = self.find(scan_id)
@@ -205,13 +211,17 @@ class EventLog:
     async def accept(self, scan_id: str) -> Scan:
         """The scan, as soon as its first event is committed. Raises UnknownScan and JournalUnavailable."""
         log = self._find(scan_id)
-        if log.shown is None and log.accepted is not None:
-            return await asyncio.shield(log.accepted)
+        if log.accepted is not None:
+            await asyncio.shield(log.accepted)
         return self.get(scan_id)
 
     def list_scans(self) -> Iterator[Scan]:
         """All scans as committed, newest first."""
         return (log.shown for log in reversed(self._logs.values()) if log.shown is not None)
+
+    def next_seq(self, scan_id: str) -> int:
+        """The seq that the next event appended to this scan will have."""
+        return self._find(scan_id).tip.seq + 1
 
     def get_progress(self, scan_id: str) -> Progress | None:
         """The latest progress of a scan; of a finished one, where it stood."""

@@ -13,6 +13,7 @@ class Checkpoint:
     """One chunk is done. It is written in the same transaction as the matches of that chunk."""
 
     chunk: int
+    found: int = 0  # matches, kept or not
     skipped: tuple[Skipped, ...] = ()
 
 

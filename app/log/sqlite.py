@@ -29,7 +29,7 @@ CREATE TABLE events (
     PRIMARY KEY (scan, n)
 );
 CREATE TABLE checkpoints (
-    scan TEXT NOT NULL, chunk INTEGER NOT NULL, skipped BLOB NOT NULL,
+    scan TEXT NOT NULL, chunk INTEGER NOT NULL, found INTEGER NOT NULL, skipped BLOB NOT NULL,
     PRIMARY KEY (scan, chunk)
 ) WITHOUT ROWID;
 """
@@ -164,10 +164,12 @@ class SqliteJournal:
 
     def read_checkpoints(self, scan: str) -> list[Checkpoint]:
         with closing(self._connect()) as connection:
-            rows = connection.execute("SELECT chunk, skipped FROM checkpoints WHERE scan = ? ORDER BY chunk", (scan,))
+            rows = connection.execute(
+                "SELECT chunk, found, skipped FROM checkpoints WHERE scan = ? ORDER BY chunk", (scan,)
+            )
             return [
-                Checkpoint(chunk=chunk, skipped=tuple(Skipped(**one) for one in orjson.loads(skipped)))
-                for chunk, skipped in rows
+                Checkpoint(chunk=chunk, found=found, skipped=tuple(Skipped(**one) for one in orjson.loads(skipped)))
+                for chunk, found, skipped in rows
             ]
 
     def close(self) -> Sequence[Write]:
@@ -195,4 +197,7 @@ def _put(connection: sqlite3.Connection, write: Write) -> None:
     connection.execute("INSERT OR REPLACE INTO scans (id, record) VALUES (?, ?)", (scan.id, scan.to_record()))
     if write.checkpoint is not None:
         skipped = orjson.dumps([asdict(one) for one in write.checkpoint.skipped])
-        connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", (scan.id, write.checkpoint.chunk, skipped))
+        connection.execute(
+            "INSERT INTO checkpoints VALUES (?, ?, ?, ?)",
+            (scan.id, write.checkpoint.chunk, write.checkpoint.found, skipped),
+        )

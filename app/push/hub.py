@@ -1,12 +1,13 @@
 """From the log to every subscriber."""
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from app.core.event import Cursor
+from app.core.event import Cursor, EventType, make_event
 from app.log.eventlog import EventLog
 from app.push.subscriber import Subscriber
 
@@ -27,7 +28,8 @@ class Hub:
         self._log = log
         self._channels: dict[str, set[Subscriber]] = {}
         self._dirty: set[str] = set()
-        self._connected = Counter[str]()
+        self._subscribers: set[Subscriber] = set()
+        self._farewell_ms: int | None = None  # set when the service drains
         self._flushes = 0
         log.listen(self._mark)
 
@@ -48,13 +50,26 @@ class Hub:
     def connect(self, transport: str) -> Iterator[Subscriber]:
         """A subscriber that is taken out of every channel when the block is left."""
         subscriber = Subscriber(self._log, transport)
-        self._connected[transport] += 1
+        self._subscribers.add(subscriber)
+        if self._farewell_ms is not None:
+            self._say_bye(subscriber, self._farewell_ms)
         try:
             yield subscriber
         finally:
-            self._connected[transport] -= 1
+            self._subscribers.discard(subscriber)
             for scan_id in list(subscriber.watches):
                 self.unsubscribe(subscriber, scan_id)
+
+    def drain(self, spread_ms: int) -> None:
+        """Says `bye` to every subscriber, now and from now on, with a `reconnect_ms` of their own up to `spread_ms`,
+        so that they do not all come back at once."""
+        self._farewell_ms = spread_ms
+        for subscriber in list(self._subscribers):
+            self._say_bye(subscriber, spread_ms)
+
+    def _say_bye(self, subscriber: Subscriber, spread_ms: int) -> None:
+        data = {"reconnect_ms": random.randint(0, spread_ms)}
+        subscriber.close(make_event(EventType.BYE, "", 0, data, self._log.now_ms()))
 
     def subscribe(self, subscriber: Subscriber, scan_id: str, cursor: Cursor | None) -> None:
         """Raises UnknownScan."""
@@ -69,4 +84,5 @@ class Hub:
             self._channels.pop(scan_id, None)
 
     def statistics(self) -> HubStatistics:
-        return HubStatistics(dict(self._connected), len(self._channels), self._flushes)
+        transports = Counter(subscriber.transport for subscriber in self._subscribers)
+        return HubStatistics(dict(transports), len(self._channels), self._flushes)

@@ -1,7 +1,7 @@
 """One consumer of events, whatever it is connected by."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from heapq import merge
 
 from app.core.errors import UnknownScan
@@ -34,6 +34,7 @@ class Subscriber:
         self.watches: dict[str, _Watch] = {}
         self._log = log
         self._awake = asyncio.Event()
+        self._farewell: Event | None = None
 
     def watch(self, scan_id: str, cursor: Cursor | None) -> None:
         """Starts behind `cursor`; from the first event without one. Raises UnknownScan.
@@ -71,21 +72,37 @@ class Subscriber:
                 return False
         return True
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """Everything from the cursors on, oldest first, until all watched scans have ended and all was given."""
+    async def batches(self, *, heartbeat_s: float | None = None, ends: bool = True) -> AsyncGenerator[list[Event], None]:
+        """Everything from the cursors on, oldest first.
+
+        An empty batch means that `heartbeat_s` passed without an event. With `ends` it stops when all watched scans
+        have ended and all was given; without, it goes on, and gives an empty batch at each `wake` too. After `close`
+        the farewell comes as the last event.
+        """
         while True:
             self._awake.clear()
+            if self._farewell is not None:
+                yield [self._farewell]
+                return
             batch = await self.read()
             if batch:
                 yield batch
-            elif self.is_done:
+                continue
+            if ends and self.is_done:
                 return
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    await self._awake.wait()
+            except TimeoutError:
+                yield []
             else:
-                await self._awake.wait()
+                if not ends:
+                    yield []
 
-    async def wait(self) -> None:
-        """Returns when there may be something new."""
-        await self._awake.wait()
+    def close(self, farewell: Event) -> None:
+        """Ends `batches` with this event."""
+        self._farewell = farewell
+        self.wake()
 
     async def read(self) -> list[Event]:
         """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing."""

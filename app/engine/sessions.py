@@ -1,0 +1,115 @@
+"""Who is watching which scan, over whatever transport."""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from app.core.estimate import Range, hint_poll
+
+
+class Session:
+    """A client's presence on one scan."""
+
+    __slots__ = ("hint_s", "seen", "streams", "version")
+
+    def __init__(self, seen: float) -> None:
+        self.seen = seen  # when it last polled or left a stream, on the clock of Sessions
+        self.streams = 0  # open now
+        self.hint_s: float | None = None  # what it was told at its last poll
+        self.version: object = None  # what it was shown at its last poll
+
+
+class SessionStatistics(NamedTuple):
+    sessions: int
+    streams: int
+
+
+class Sessions:
+    """Sessions by scan and client. A stream holds its session open; one that only polls ends after `idle_s`.
+
+    Past `max_sessions` a poll is answered without a session: it gets no growing hints, and nothing else changes.
+    """
+
+    def __init__(self, *, idle_s: float, max_sessions: int, clock: Callable[[], float]) -> None:
+        self._idle_s = idle_s
+        self._max_sessions = max_sessions
+        self._clock = clock
+        self._scans: dict[str, dict[str, Session]] = {}
+        self._count = 0
+        self._streams = 0
+        # Active scans: since when nobody watches, None while somebody does.
+        self._left: dict[str, float | None] = {}
+
+    def expect(self, scan_id: str) -> None:
+        """The scan is active: how long nobody watched it counts from now on, until `forget`."""
+        self._left[scan_id] = self._clock()
+
+    def unwatched_s(self, scan_id: str) -> float:
+        """For how long nobody has watched; 0 while somebody does."""
+        since = self._left.get(scan_id)
+        return 0.0 if since is None else self._clock() - since
+
+    @contextmanager
+    def stream(self, client: str, scan_ids: Iterable[str]) -> Iterator[None]:
+        """Holds a session on each of the scans while the block runs."""
+        sessions = [(scan_id, self._open(client, scan_id)) for scan_id in scan_ids]
+        for _, session in sessions:
+            session.streams += 1
+        self._streams += len(sessions)
+        try:
+            yield
+        finally:
+            self._streams -= len(sessions)
+            for scan_id, session in sessions:
+                session.streams -= 1
+                session.seen = self._clock()
+                if session.streams == 0:
+                    self._close(client, scan_id)
+
+    def poll(self, client: str, scan_id: str, version: object, eta_s: Range | None) -> float:
+        """Notes a poll; gives the seconds until the next one is worth making."""
+        jitter = zlib.crc32(f"{client} {scan_id}".encode()) / 2**32
+        if self._count >= self._max_sessions and client not in self._scans.get(scan_id, {}):
+            return hint_poll(eta_s, None, jitter)
+        session = self._open(client, scan_id)
+        session.seen = self._clock()
+        hint_s = hint_poll(eta_s, session.hint_s if session.version == version else None, jitter)
+        session.hint_s, session.version = hint_s, version
+        return hint_s
+
+    def forget(self, scan_id: str) -> None:
+        """The scan has ended: nobody needs to be waited for."""
+        self._left.pop(scan_id, None)
+
+    def reap(self) -> int:
+        """Ends the sessions of clients that polled and came no more; gives their number."""
+        before = self._count
+        oldest = self._clock() - self._idle_s
+        for scan_id, sessions in list(self._scans.items()):
+            for client, session in list(sessions.items()):
+                if session.streams == 0 and session.seen <= oldest:
+                    self._close(client, scan_id)
+        return before - self._count
+
+    def _open(self, client: str, scan_id: str) -> Session:
+        sessions = self._scans.setdefault(scan_id, {})
+        session = sessions.get(client)
+        if session is None:
+            session = sessions[client] = Session(self._clock())
+            self._count += 1
+            if scan_id in self._left:
+                self._left[scan_id] = None
+        return session
+
+    def _close(self, client: str, scan_id: str) -> None:
+        sessions = self._scans.get(scan_id, {})
+        if sessions.pop(client, None) is not None:
+            self._count -= 1
+        if not sessions:
+            self._scans.pop(scan_id, None)
+            if scan_id in self._left:
+                self._left[scan_id] = self._clock()
+
+    def statistics(self) -> SessionStatistics:
+        return SessionStatistics(self._count, self._streams)
