@@ -61,6 +61,10 @@ class ScanwireError(Exception):
         # Further members of the problem object, such as `limit` or `errors`.
         self.extra = extra
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process sends its errors pickled; the constructors of subclasses take other arguments than `args`.
+        return _restore, (type(self), self.args, self.__dict__)
+
     def to_problem(self) -> dict[str, Any]:
         """The problem object of RFC 9457, with `retry_after_s` where waiting helps."""
         problem: dict[str, Any] = {
@@ -72,6 +76,12 @@ class ScanwireError(Exception):
         if self.retry_after_s is not None:
             problem["retry_after_s"] = round(self.retry_after_s, 3)
         return problem | self.extra
+
+
+def _restore(kind: "type[ScanwireError]", args: tuple[Any, ...], state: dict[str, Any]) -> ScanwireError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidRequest(ScanwireError):

@@ -1,0 +1,196 @@
+"""What runs in a worker process: one chunk of a scan, from prices to match rows.
+
+Here the two sides meet that do not know each other: `app.market`, which reads prices and makes features, and
+`app.scanners`, which says in terms of features what a match is.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from polars import col
+
+from app.core.errors import ScannerError, ScanwireError
+from app.core.scan import Skipped
+from app.market.features import add_features, add_features_at, is_costly, is_known
+from app.market.store import Slice, Store, open_store, read_rows
+from app.market.where import parse_where
+from app.scanners.params import MarketParams
+from app.scanners.registry import Scanner, get_scanner, validate_params
+
+NICENESS = 10
+POSITION = "#position"  # a match's row number, which `ChunkPrices.matching` adds
+DECIMALS = 6  # of every number in a match row; prices and ratios are not known better than that
+
+COMMON_COLUMNS = {
+    "symbol": "the symbol",
+    "date": "the day, YYYY-MM-DD",
+    "setup": "the scanner's name",
+    "close": "close, adjusted",
+    "volume": "volume in shares, adjusted",
+    "gap_pct": "open over yesterday's close, minus 1",
+    "gap_atr": "distance of the open from yesterday's close in ATR",
+    "adv20_usd": "mean daily trading of the 20 days before, in USD",
+    "parabolic_score": "how parabolic the push up to yesterday was, 0..100",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkJob:
+    """One chunk to do, as it is sent to a worker process."""
+
+    path: Path
+    stamp: str  # of the file that the chunk was planned for: Store.stamp
+    slices: tuple[Slice, ...]
+    scanner: str
+    params: dict[str, Any]  # normalised, see `normalise_params`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkResult:
+    """The matches of one chunk, sorted by symbol and date, and what was left out."""
+
+    rows: list[dict[str, Any]]  # JSON values only
+    skipped: list[Skipped]
+
+
+class ChunkPrices:
+    """The prices of one chunk, as scanners see them (`app.scanners.registry.Prices`)."""
+
+    def __init__(self, frame: pl.DataFrame, days: Sequence[pl.Expr] = ()) -> None:
+        self.frame = frame
+        self.judged = frame  # the rows of the symbols that could match: POSITION counts in them
+        self._days = days  # the days that matches may be on
+
+    def with_features(self, names: Iterable[str]) -> pl.DataFrame:
+        self.frame = add_features(self.frame, names)
+        return self.frame
+
+    def matching(self, rules: Sequence[pl.Expr], measures: Mapping[str, pl.Expr] | None = None) -> pl.DataFrame:
+        measures = measures or {}
+        cheap = [rule for rule in rules if not is_costly(rule)]
+        frame = self.with_features(["#symbol", *_names(cheap)])
+        if len(cheap) < len(rules):  # only symbols on which all else holds are worth the costly rules
+            left = frame.filter(*cheap, *self._days)["#symbol"].unique()
+            frame = frame.filter(col("#symbol").is_in(left.implode()))
+        self.judged = add_features(frame, _names([*rules, *measures.values()]))
+        found = self.judged.lazy().with_row_index(POSITION).filter(*rules, *self._days)
+        return found.select(POSITION, "symbol", "date", **measures).collect(engine="in-memory")
+
+
+def _names(exprs: Iterable[pl.Expr]) -> list[str]:
+    return list(dict.fromkeys(name for expr in exprs for name in expr.meta.root_names()))
+
+
+def normalise_params(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a scan in canonical JSON form. Raises InvalidParams, which names what is wrong and how."""
+    params = validate_params(get_scanner(name), raw)
+    if params.where is not None:
+        parse_where(params.where)
+    return params.model_dump(mode="json")
+
+
+def warm_up() -> int:
+    """Make this process ready and polite; its id."""
+    _be_nice()
+    return os.getpid()
+
+
+def inspect_prices(path: Path) -> Store:
+    """Check a price file and index it, away from the event loop. Raises PricesError."""
+    _be_nice()
+    return open_store(path)
+
+
+def run_chunk(job: ChunkJob) -> ChunkResult:
+    """The matches of one chunk: the same for the same job, whatever ran before.
+
+    Raises PricesError or PricesChanged when the file cannot be read or is another one, and ScannerError when the
+    scanner's own code fails; none of them shows a path or a traceback.
+    """
+    _be_nice()
+    scanner = get_scanner(job.scanner)
+    params = validate_params(scanner, job.params)
+    frame, skipped = read_rows(job.path, job.slices, job.stamp)
+    try:
+        rows = find_rows(scanner, params, frame)
+    except ScanwireError:
+        raise
+    except Exception as error:
+        raise ScannerError(
+            f"The scanner {scanner.name} failed with {type(error).__name__} on this chunk of prices. "
+            "Other scanners are not affected."
+        ) from None
+    return ChunkResult(rows=rows, skipped=skipped)
+
+
+def find_rows(scanner: Scanner, params: MarketParams, frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """The match rows of a table of believable prices, sorted by symbol and date: JSON values only."""
+    days = []
+    if params.start:
+        days.append(col("date") >= params.start)
+    if params.end:
+        days.append(col("date") <= params.end)
+    prices = ChunkPrices(frame, days)
+    found = scanner.find(prices, params)
+    _check_found(scanner, found)
+    found = found.filter(*days)
+    if found.is_empty():
+        return []
+    where = parse_where(params.where) if params.where else None
+    return _to_json(_complete(scanner, prices, found, where))
+
+
+def _check_found(scanner: Scanner, found: object) -> None:
+    if not isinstance(found, pl.DataFrame):
+        raise ScannerError(f"The scanner {scanner.name} returned no table of matches.")
+    for name in ("symbol", "date"):
+        if name not in found.columns:
+            raise ScannerError(f"The scanner {scanner.name} returned matches without the column {name}.")
+
+
+def _complete(scanner: Scanner, prices: ChunkPrices, found: pl.DataFrame, where: pl.Expr | None) -> pl.DataFrame:
+    """The matches that `where` lets through, with the columns that every match has, sorted by symbol and date."""
+    common = [name for name in COMMON_COLUMNS if name != "setup"]
+    names = [*common, *(_names([where]) if where is not None else ())]
+    few = add_features_at(prices.judged, _is_found(prices.judged, found), [name for name in names if is_known(name)])
+    if where is not None:
+        few = few.filter(where)
+    own = found.select("symbol", "date", pl.exclude(POSITION, *COMMON_COLUMNS))
+    return (
+        few.lazy()
+        .select(col("symbol", "date"), pl.lit(scanner.name).alias("setup"), col(common[2:]))
+        .join(own.lazy(), on=["symbol", "date"], how="inner")
+        .sort("symbol", "date")
+        .collect(engine="in-memory")
+    )
+
+
+def _is_found(frame: pl.DataFrame, found: pl.DataFrame) -> pl.Series:
+    """For each row of the frame: is it a match?"""
+    keys = ["symbol", "date"]
+    if POSITION not in found.columns:  # it did not come from `matching`
+        found = frame.select(keys).with_row_index(POSITION).join(found.select(keys), on=keys, how="semi")
+    return pl.int_range(frame.height, eager=True).is_in(found[POSITION].cast(pl.Int64).implode())
+
+
+def _to_json(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    floats = pl.selectors.float()
+    return (
+        frame.with_columns(
+            col("date").dt.to_string("iso"),
+            pl.selectors.by_name("volume", "d1_volume", require_all=False).round().cast(pl.Int64),
+        )
+        .with_columns(pl.when(floats.is_finite()).then(floats.round(DECIMALS)).name.keep())
+        .to_dicts()
+    )
+
+
+@cache
+def _be_nice() -> None:
+    """Give way to the event loop, once per process."""
+    os.nice(NICENESS)
