@@ -1,0 +1,264 @@
+"""Decides what may run: validates, joins what is running already, charges, and queues."""
+
+import hashlib
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.core.errors import (
+    AtCapacity,
+    Conflict,
+    Draining,
+    Forbidden,
+    InvalidParams,
+    JournalUnavailable,
+    PricesChanged,
+    RateLimited,
+    ScannerError,
+    ScanwireError,
+)
+from app.core.scan import Scan, State, make_same_key
+from app.core.settings import Settings
+from app.engine.limits import Limits
+from app.engine.runner import Run, Runner
+from app.engine.sessions import Sessions
+from app.engine.worker import ChunkJob, normalise_params
+from app.log.eventlog import EventLog
+from app.market.store import Chunk, Plan, Store, plan_chunks
+
+logger = logging.getLogger(__name__)
+
+MAX_KEY_CHARS = 255
+
+
+class Submission(BaseModel):
+    """A scan as a client asks for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scanner: Annotated[str, Field(max_length=100, description="name of a scanner, see GET /v1/scanners")]
+    params: Annotated[dict[str, Any], Field(description="parameters of the scanner; every one has a default")] = {}
+    reuse: Annotated[
+        Literal["auto", "never"], Field(description="`never` forces a run of its own, though the same scan exists")
+    ] = "auto"
+    cancel_when_unwatched_s: Annotated[
+        float | None,
+        Field(gt=0, le=86_400, description="cancel when the last watcher has been gone for so many seconds"),
+    ] = None
+
+
+class Admitted(NamedTuple):
+    scan: Scan
+    joined: bool  # an earlier scan that answers the same question
+
+
+class _Remembered(NamedTuple):
+    scan_id: str
+    body_hash: str
+    at: float
+
+
+class Admission:
+    """The one door through which scans come in; all checks and all places taken between two awaits."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: EventLog,
+        runner: Runner,
+        limits: Limits,
+        sessions: Sessions,
+        store: Store,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._log = log
+        self._runner = runner
+        self._limits = limits
+        self._sessions = sessions
+        self._store = store
+        self._clock = clock
+        self._same: dict[str, str] = {}  # same_key -> the scan that answers it
+        self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
+        self.is_draining = False
+
+    async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
+        """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
+        body_hash = hashlib.sha256(orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)).hexdigest()
+        if idempotency_key is not None:
+            if not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
+                raise InvalidParams.of("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
+            if (earlier := self._recall(client, idempotency_key, body_hash)) is not None:
+                return Admitted(await self._log.accept(earlier), True)
+
+        params = normalise_params(asked.scanner, asked.params)
+        plan = self._plan(params, self._settings.chunk_rows)
+        same_key = make_same_key(asked.scanner, params, self._store.data_version)
+        joined = None if asked.reuse == "never" else self._find_same(same_key)
+        if joined is None:
+            scan = Scan(
+                id="s_" + secrets.token_urlsafe(16),
+                scanner=asked.scanner,
+                params=params,
+                client=client,
+                created_ts=self._log.now_ms(),
+                data_version=self._store.data_version,
+                same_key=same_key,
+                cost_rows=plan.rows,
+                chunk_rows=self._settings.chunk_rows,
+                idempotency=None if idempotency_key is None else (idempotency_key, body_hash),
+                cancel_when_unwatched_s=asked.cancel_when_unwatched_s,
+            )
+            self._take_place(client, plan.rows)
+            self._log.create(scan)
+            self._sessions.expect(scan.id)
+            self._same[same_key] = scan.id
+            self._runner.submit(self._make_run(scan, plan.chunks))
+        scan_id = joined or scan.id
+        if idempotency_key is not None:
+            self._remember(client, idempotency_key, _Remembered(scan_id, body_hash, self._clock()))
+        return Admitted(await self._log.accept(scan_id), joined is not None)
+
+    async def cancel(self, client: str, scan_id: str) -> Scan:
+        """Raises UnknownScan, and Forbidden for a scan that another client submitted."""
+        if self._log.get(scan_id).client != client:
+            raise Forbidden("Only the client that submitted a scan may cancel it. You can stop watching it.")
+        return await self._runner.cancel(scan_id, "client")
+
+    def _take_place(self, client: str, cost_rows: int) -> None:
+        """Raises the first limit that stands in the way; what was charged before it is given back."""
+        settings, runner = self._settings, self._runner
+        if self.is_draining:
+            raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=settings.drain_s)
+        if self._log.fault is not None:
+            raise JournalUnavailable(f"{self._log.fault} No scan can be accepted until it can.", retry_after_s=10)
+        if runner.active >= settings.max_running + settings.max_queued:
+            raise AtCapacity(
+                f"{settings.max_running} scans are running and {settings.max_queued} are waiting, which is all this "
+                "server takes. Submit again when one has ended.",
+                retry_after_s=runner.estimate_free_s(),
+                limit="max_queued",
+            )
+        if runner.count_active(client) >= settings.max_active_per_client:
+            raise RateLimited(
+                f"You have {settings.max_active_per_client} scans queued or running, which is all one client may. "
+                "Wait for one to end, or cancel one.",
+                retry_after_s=runner.estimate_free_s(),
+                limit="max_active_per_client",
+            )
+        self._limits.charge("submit", client)
+        if cost_rows > settings.heavy_rows:
+            try:
+                self._limits.charge("submit-heavy", client)
+            except RateLimited:
+                self._limits.refund("submit", client)
+                raise
+
+    def _plan(self, params: Mapping[str, Any], chunk_rows: int) -> Plan:
+        plan = plan_chunks(self._store, params.get("symbols"), chunk_rows)
+        if plan.missing:
+            near = get_close_matches(plan.missing[0], [entry.symbol for entry in self._store.symbols], 3)
+            raise InvalidParams.of(
+                "symbols",
+                f"{', '.join(plan.missing[:5])}{' and more' if len(plan.missing) > 5 else ''}: not in the price data"
+                + (f"; did you mean {', '.join(near)}?" if near else ", see `scanwire data info`"),
+            )
+        return plan
+
+    def _make_run(self, scan: Scan, chunks: tuple[Chunk, ...]) -> Run:
+        return Run(
+            scan_id=scan.id,
+            client=scan.client,
+            cost_rows=scan.cost_rows,
+            attempt=scan.attempt + 1,
+            data_version=scan.data_version,
+            job=ChunkJob(
+                path=self._store.path,
+                stamp=self._store.stamp,
+                slices=(),
+                scanner=scan.scanner,
+                params=dict(scan.params),
+            ),
+            chunks=chunks,
+        )
+
+    # Single-flight and Idempotency-Key
+
+    def _find_same(self, same_key: str) -> str | None:
+        """The scan that is queued, running or lately completed for this key."""
+        scan_id = self._same.get(same_key)
+        if scan_id is None or not self._log.knows(scan_id):
+            return None
+        scan = self._log.find(scan_id)
+        if scan is None or scan.state in (State.QUEUED, State.RUNNING):
+            return scan_id
+        is_fresh = self._log.now_ms() - (scan.finished_ts or 0) <= self._settings.reuse_s * 1000
+        return scan_id if scan.state is State.COMPLETED and is_fresh and not scan.is_trimmed else None
+
+    def _recall(self, client: str, key: str, body_hash: str) -> str | None:
+        earlier = self._remembered.get((client, key))
+        if earlier is None or not self._log.knows(earlier.scan_id):
+            return None
+        if earlier.body_hash != body_hash:
+            raise Conflict("This Idempotency-Key came with another body before. Use a new key for a new request.")
+        return earlier.scan_id
+
+    def _remember(self, client: str, key: str, remembered: _Remembered) -> None:
+        self._remembered[client, key] = remembered
+        while len(self._remembered) > self._settings.max_idempotency_keys:
+            self._remembered.popitem(last=False)
+
+    def reap(self) -> int:
+        """Forgets idempotency keys that are old enough, and what is left of scans that are gone; gives the number of
+        keys."""
+        oldest = self._clock() - self._settings.idempotency_s
+        old = [name for name, entry in self._remembered.items() if entry.at <= oldest]
+        for name in old:
+            del self._remembered[name]
+        for key in [key for key, scan_id in self._same.items() if not self._log.knows(scan_id)]:
+            del self._same[key]
+        return len(old)
+
+    # After a restart
+
+    async def take_up(self) -> None:
+        """Takes up what the journal holds: finished scans can be joined, unfinished ones go on or come to an end."""
+        now, now_ms = self._clock(), self._log.now_ms()
+        for scan in reversed(list(self._log.list_scans())):
+            self._same[scan.same_key] = scan.id
+            if scan.idempotency is not None:
+                key, body_hash = scan.idempotency
+                at = now - (now_ms - scan.created_ts) / 1000
+                self._remember(scan.client, key, _Remembered(scan.id, body_hash, at))
+            if not scan.state.is_terminal:
+                await self._take_up_unfinished(scan)
+
+    async def _take_up_unfinished(self, scan: Scan) -> None:
+        state = State.LOST
+        error: ScanwireError | None = None
+        chunks: tuple[Chunk, ...] = ()
+        if scan.state is State.CANCELLING:
+            state = State.CANCELLED
+        elif scan.data_version != self._store.data_version:
+            error = PricesChanged(
+                "The server was restarted with other prices while this scan was under way. Submit it again."
+            )
+        else:
+            try:
+                chunks = self._plan(normalise_params(scan.scanner, scan.params), scan.chunk_rows).chunks
+            except InvalidParams as refusal:
+                error = ScannerError(f"After a restart the scan cannot go on: {refusal.detail}")
+        run = self._make_run(scan, chunks)
+        if chunks:
+            logger.info("scan goes on", extra={"action": "scan_resumed", "scan": scan.id})
+            self._sessions.expect(scan.id)
+            self._runner.submit(run)
+        else:
+            await self._runner.give_up(run, state, error)

@@ -1,0 +1,392 @@
+"""Runs what was admitted: slots, the queue, chunks in worker processes, and exactly one end for every scan."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
+
+from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
+
+from app.core.errors import (
+    DeadlineExceeded,
+    JournalUnavailable,
+    ScannerError,
+    ScanwireError,
+    WorkerCrashed,
+    WrongState,
+)
+from app.core.estimate import Range, estimate_rest, estimate_starts
+from app.core.event import EventType
+from app.core.scan import Progress, Scan, Skipped, State, feed_digest
+from app.core.settings import Settings
+from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
+from app.log.eventlog import EventLog
+from app.log.journal import Checkpoint
+from app.market.store import Chunk
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_EVENT = 500
+# Price rows a second that a scan is thought to read before one was measured: slow and fast machines.
+_FIRST_GUESS = (300_000.0, 5_000_000.0)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Run:
+    """One admitted scan on its way through queue and slot."""
+
+    scan_id: str
+    client: str
+    cost_rows: int
+    attempt: int
+    data_version: str
+    job: ChunkJob  # without slices
+    chunks: tuple[Chunk, ...]
+    is_accepted: bool = False  # its first event is committed
+    position: int = 0
+    started: float | None = None  # on the runner's clock
+    rest_s: Range | None = None  # what is left, by its own progress
+    cancelled_by: str | None = None
+    task: asyncio.Task[None] | None = None
+    # What was found so far, for the end.
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    kept: int = 0  # matches that became events
+    found: int = 0  # matches, those over `max_matches` too
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+
+class RunnerStatistics(NamedTuple):
+    running: int
+    queued: int
+    slots: int
+    workers_busy: int
+    worker_crashes: int
+
+
+class Runner:
+    """One task group holds a task for each running scan, never more than `max_running`.
+
+    The task catches whatever its scan does wrong and writes the end, so no scan disturbs another. Use it as an
+    async context manager; leaving it stops all work where it is, and the next start goes on from the checkpoints.
+    """
+
+    def __init__(self, settings: Settings, log: EventLog, *, clock: Callable[[], float]) -> None:
+        self._settings = settings
+        self._log = log
+        self._clock = clock
+        self._queue: deque[Run] = deque()
+        self._running: dict[str, Run] = {}
+        self._is_stopping = False
+        self._group = asyncio.TaskGroup()
+        self._workers = CapacityLimiter(settings.workers)
+        self.rows_per_s: float | None = None  # price rows read, over the latest scans
+        self._worker_crashes = 0
+        self.finished: Callable[[str], None] = lambda scan_id: None
+
+    async def __aenter__(self) -> Self:
+        # Each worker is one of `workers` processes: more threads inside would only fight for the same cores.
+        os.environ.setdefault("POLARS_MAX_THREADS", "1")
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._is_stopping = True
+        for run in list(self._running.values()):
+            if run.task is not None:
+                run.task.cancel()
+        await self._group.__aexit__(*error)
+
+    async def warm_up(self) -> None:
+        """Starts all worker processes, so that the next chunk need not wait for one to load its libraries."""
+        await asyncio.gather(*(self.call_worker(warm_up) for _ in range(self._settings.workers)))
+
+    async def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function in a worker process. Cancelling the caller kills that process."""
+        return await to_process.run_sync(function, *args, cancellable=True, limiter=self._workers)
+
+    # The queue
+
+    @property
+    def active(self) -> int:
+        return len(self._queue) + len(self._running)
+
+    def count_active(self, client: str) -> int:
+        """Scans of this client that are queued or running."""
+        return sum(run.client == client for run in (*self._queue, *self._running.values()))
+
+    def submit(self, run: Run) -> None:
+        """Queues a run whose scan has been created in the log. It starts once its first event is committed."""
+        self._queue.append(run)
+        self._group.create_task(self._accept(run))
+
+    async def _accept(self, run: Run) -> None:
+        starts = self._estimate_starts()
+        run.position = self._queue.index(run) + 1
+        try:
+            await self._append_queued(run, starts[run.position - 1])
+        except JournalUnavailable:
+            return
+        run.is_accepted = True
+        self._fill_slots()
+
+    async def _append_queued(self, run: Run, eta_s: Range) -> None:
+        await self._log.append(run.scan_id, (EventType.QUEUED, {"position": run.position, "eta_s": eta_s}))
+
+    def _fill_slots(self) -> None:
+        if self._is_stopping:
+            return
+        while self._queue and self._queue[0].is_accepted and len(self._running) < self._settings.max_running:
+            run = self._queue.popleft()
+            self._running[run.scan_id] = run
+            run.task = self._group.create_task(self._run(run))
+        if any(run.is_accepted and run.position != place for place, run in enumerate(self._queue, 1)):
+            self._group.create_task(self._tell_positions())
+
+    async def _tell_positions(self) -> None:
+        for run in list(self._queue):
+            # What was true before the last await may not be any more.
+            if run in self._queue and run.is_accepted:
+                position = self._queue.index(run) + 1
+                if position != run.position:
+                    run.position = position
+                    with contextlib.suppress(JournalUnavailable):
+                        await self._append_queued(run, self._estimate_starts()[position - 1])
+
+    def _estimate_starts(self) -> list[Range]:
+        running = [run.rest_s or self._guess_duration(run) for run in self._running.values()]
+        return estimate_starts(running, [self._guess_duration(run) for run in self._queue], self._settings.max_running)
+
+    def _guess_duration(self, run: Run) -> Range:
+        if self.rows_per_s is None:
+            slow, fast = _FIRST_GUESS
+        else:
+            slow, fast = self.rows_per_s / 2, self.rows_per_s * 1.5
+        return run.cost_rows / fast, run.cost_rows / slow
+
+    def estimate_change(self, scan: Scan) -> Range | None:
+        """Seconds until the scan is expected to start or to end, whichever is next; None for a finished one."""
+        run = self._running.get(scan.id)
+        if run is not None:
+            return run.rest_s or self._guess_duration(run)
+        for queued, start in zip(self._queue, self._estimate_starts(), strict=True):
+            if queued.scan_id == scan.id:
+                return start
+        return None
+
+    def estimate_free_s(self) -> float:
+        """Seconds until a place is likely to be free: when the first running scan may have ended."""
+        rests = [run.rest_s or self._guess_duration(run) for run in self._running.values()]
+        return min(max(1.0, min((rest[1] for rest in rests), default=1.0)), 60.0)
+
+    # Ending early
+
+    async def cancel(self, scan_id: str, by: str) -> Scan:
+        """Ends a scan and gives it as committed then; a finished one is given as it is. Found matches are kept.
+
+        Raises UnknownScan.
+        """
+        scan = self._log.get(scan_id)
+        queued = next((run for run in self._queue if run.scan_id == scan_id), None)
+        if queued is not None:
+            self._queue.remove(queued)
+            queued.cancelled_by = by
+            await self._end(queued, State.CANCELLED)
+            self._fill_slots()
+        elif (run := self._running.get(scan_id)) is not None and run.cancelled_by is None:
+            run.cancelled_by = by
+            with contextlib.suppress(WrongState):  # it came to its end in this very moment
+                await self._log.append(scan_id, (EventType.CANCELLING, {"by": by}))
+                if run.task is not None:
+                    run.task.cancel()
+        elif scan.state.is_terminal:
+            return scan
+        return self._log.get(scan_id)
+
+    async def give_up(self, run: Run, state: State, error: ScanwireError | None) -> None:
+        """Ends a scan that was never queued here: a restart found it, and it cannot go on."""
+        await self._end(run, state, error)
+
+    def overdue(self) -> list[str]:
+        """Running scans that are far past their deadline: what should have ended them did not."""
+        latest = self._clock() - 2 * self._settings.scan_deadline_s
+        return [run.scan_id for run in self._running.values() if run.started is not None and run.started < latest]
+
+    # Running
+
+    async def _run(self, run: Run) -> None:
+        state = State.COMPLETED
+        error: ScanwireError | None = None
+        try:
+            async with asyncio.timeout(self._settings.scan_deadline_s):
+                await self._work(run)
+        except asyncio.CancelledError:
+            if run.cancelled_by is None:
+                raise  # the service stops; the next start goes on with this scan
+            state = State.CANCELLED
+        except TimeoutError:
+            limit = f"{self._settings.scan_deadline_s:g}"
+            detail = f"The scan was ended after {limit} s, its deadline. Ask for fewer symbols or days."
+            state, error = State.FAILED, DeadlineExceeded(detail)
+        except JournalUnavailable:
+            return  # the log is closed; the next start goes on with this scan
+        except ScanwireError as failure:
+            state, error = State.FAILED, failure
+        except Exception:
+            logger.exception("scan failed", extra={"action": "scan_failed", "scan": run.scan_id})
+            state, error = State.FAILED, ScannerError("The scan failed inside Scanwire; its log says why.")
+        finally:
+            self._running.pop(run.scan_id, None)
+        try:
+            await self._end(run, state, error)
+        finally:
+            self._fill_slots()
+
+    async def _end(self, run: Run, state: State, error: ScanwireError | None = None) -> None:
+        elapsed_s = 0.0 if run.started is None else self._clock() - run.started
+        if state is State.COMPLETED and run.started is not None and elapsed_s > 0:
+            rate = run.cost_rows / elapsed_s
+            self.rows_per_s = rate if self.rows_per_s is None else 0.7 * self.rows_per_s + 0.3 * rate
+        skipped = [{"symbol": symbol, "reason": "; ".join(reasons)} for symbol, reasons in run.skipped.items()]
+        data = {
+            "state": state,
+            "matches": run.kept,
+            "last_seq": self._log.next_seq(run.scan_id),
+            "digest": run.digest.hexdigest(),
+            "elapsed_s": round(elapsed_s, 3),
+            "skipped": skipped[: self._settings.max_skipped],
+            "skipped_symbols": len(skipped),
+            "error": None if error is None else error.to_problem(),
+            "truncated": run.found > run.kept,
+        }
+        with contextlib.suppress(WrongState, JournalUnavailable):
+            await self._log.append(run.scan_id, (EventType.END, data))
+        logger.info(
+            "scan %s after %.2f s, %d matches",
+            state,
+            elapsed_s,
+            run.kept,
+            extra={"action": "scan_ended", "scan": run.scan_id, "state": state},
+        )
+        self.finished(run.scan_id)
+
+    async def _work(self, run: Run) -> None:
+        run.started = self._clock()
+        total = sum(chunk.symbols for chunk in run.chunks)
+        done_before = await self._take_up(run)
+        await self._log.append(
+            run.scan_id,
+            (
+                EventType.STARTED,
+                {
+                    "scanner": run.job.scanner,
+                    "params": run.job.params,
+                    "total": total,
+                    "unit": "symbols",
+                    "data_version": run.data_version,
+                    "attempt": run.attempt,
+                },
+            ),
+        )
+        done = already = sum(run.chunks[index].symbols for index in done_before)
+        last_done, last_time = done, run.started
+        todo = [index for index in range(len(run.chunks)) if index not in done_before]
+        async for index, result in self._chunks(run, todo):
+            await self._keep(run, index, result)
+            done += run.chunks[index].symbols
+            now = self._clock()
+            last_rate = (done - last_done) / (now - last_time) if now > last_time else None
+            rate, run.rest_s = estimate_rest(done - already, total - already, now - run.started, last_rate)
+            last_done, last_time = done, now
+            self._log.publish(
+                run.scan_id,
+                Progress(done=done, total=total, unit="symbols", rate=rate, eta_s=run.rest_s, matches=run.kept),
+            )
+
+    async def _take_up(self, run: Run) -> set[int]:
+        """The chunks that an earlier attempt finished, with what they found put into `run`."""
+        if run.attempt == 1:
+            return set()
+        checkpoints = await self._log.read_checkpoints(run.scan_id)
+        for checkpoint in checkpoints:
+            _note_skipped(run, checkpoint.skipped)
+            run.found += checkpoint.found
+        after = 0
+        while events := await self._log.read(run.scan_id, after):
+            after = events[-1].n or 0
+            for event in events:
+                if event.type is EventType.MATCHES:
+                    _note_kept(run, event.load_data()["rows"])
+        return {checkpoint.chunk for checkpoint in checkpoints}
+
+    async def _chunks(self, run: Run, todo: list[int]) -> AsyncIterator[tuple[int, ChunkResult]]:
+        """Results in the order of chunks, with as many at work as there are workers.
+
+        The limiter serves in order of asking, so chunks of concurrent scans take turns.
+        """
+        ahead: deque[tuple[int, asyncio.Task[ChunkResult]]] = deque()
+        left = deque(todo)
+        try:
+            while left or ahead:
+                while left and len(ahead) <= self._settings.workers:
+                    index = left.popleft()
+                    ahead.append((index, asyncio.create_task(self._run_chunk(run, index))))
+                index, task = ahead[0]
+                result = await task
+                ahead.popleft()
+                yield index, result
+        finally:
+            for _, task in ahead:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
+
+    async def _run_chunk(self, run: Run, index: int) -> ChunkResult:
+        job = replace(run.job, slices=run.chunks[index].slices)
+        for is_last_try in (False, True):
+            try:
+                result: ChunkResult = await self.call_worker(run_chunk, job)
+                return result
+            except BrokenWorkerProcess:
+                self._worker_crashes += 1
+                logger.warning("worker died on chunk %d", index, extra={"action": "worker_died", "scan": run.scan_id})
+                if is_last_try:
+                    raise WorkerCrashed(
+                        f"The worker process died on chunk {index} and died again when the chunk was retried. "
+                        "Out of memory, or a fault in the scanner: ask for fewer symbols, or look at the server's log."
+                    ) from None
+        raise AssertionError("unreachable")
+
+    async def _keep(self, run: Run, index: int, result: ChunkResult) -> None:
+        rows = result.rows[: self._settings.max_matches - run.kept]
+        run.found += len(result.rows)
+        _note_kept(run, rows)
+        _note_skipped(run, result.skipped)
+        parts: list[tuple[EventType, Mapping[str, Any]]] = [
+            (EventType.MATCHES, {"chunk": index, "rows": rows[start : start + ROWS_PER_EVENT]})
+            for start in range(0, len(rows), ROWS_PER_EVENT)
+        ]
+        checkpoint = Checkpoint(chunk=index, found=len(result.rows), skipped=tuple(result.skipped))
+        await self._log.append(run.scan_id, *parts, checkpoint=checkpoint)
+
+    def statistics(self) -> RunnerStatistics:
+        return RunnerStatistics(
+            running=len(self._running),
+            queued=len(self._queue),
+            slots=self._settings.max_running,
+            workers_busy=self._workers.borrowed_tokens,
+            worker_crashes=self._worker_crashes,
+        )
+
+
+def _note_kept(run: Run, rows: list[dict[str, Any]]) -> None:
+    run.kept += len(rows)
+    feed_digest(run.digest, rows)
+
+
+def _note_skipped(run: Run, skipped: tuple[Skipped, ...] | list[Skipped]) -> None:
+    for one in skipped:
+        run.skipped.setdefault(one.symbol, []).append(one.reason)
