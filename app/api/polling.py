@@ -1,0 +1,173 @@
+"""For clients that ask instead of being told: snapshots, long polls, pages of events, and when to ask again."""
+
+import asyncio
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.api.formats import JSON
+from app.api.service import Service, get_client, get_service
+from app.core.errors import InvalidParams
+from app.core.event import Cursor, Event, EventType
+from app.core.scan import Progress, Scan
+from app.core.snapshot import make_snapshot
+from app.push.subscriber import Subscriber
+
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
+
+
+class _Encoded(NamedTuple):
+    scan: Scan
+    progress: Progress | None
+    etag: str
+    body: bytes  # the snapshot without `poll_after_s`, and without the closing brace
+
+
+class SnapshotCache:
+    """Snapshots as JSON, made once for each change of a scan, however many clients poll it."""
+
+    def __init__(self, size: int = 1024) -> None:
+        self._size = size
+        self._encoded: dict[str, _Encoded] = {}
+
+    def get(self, service: Service, scan: Scan) -> _Encoded:
+        progress = service.log.get_progress(scan.id)
+        encoded = self._encoded.get(scan.id)
+        if encoded is None or encoded.scan is not scan or encoded.progress is not progress:
+            snapshot = make_snapshot(scan, progress, service.log.epoch)
+            del snapshot["poll_after_s"]
+            done = 0 if progress is None else progress.done
+            etag = f'W/"{service.log.epoch}-{scan.n}-{done}-{int(scan.is_trimmed)}"'
+            encoded = _Encoded(scan, progress, etag, orjson.dumps(snapshot)[:-1])
+            if len(self._encoded) >= self._size:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[scan.id] = encoded
+        return encoded
+
+
+def read_wait_s(request: Request, service: Service) -> float:
+    """Seconds that the client is ready to wait (`Prefer: wait=25`, RFC 7240), at most `long_poll_max_s`."""
+    match = _WAIT.search(request.headers.get("prefer", ""))
+    return min(float(match[1]), service.settings.long_poll_max_s) if match else 0.0
+
+
+def read_cursor(request: Request) -> Cursor | None:
+    """From `Last-Event-ID`, else from `?after=`. Raises InvalidCursor."""
+    # A browser that reconnects sends the header, and the address it was opened with, which is older.
+    for field, text in (
+        ("Last-Event-ID", request.headers.get("last-event-id")),
+        ("after", request.query_params.get("after")),
+    ):
+        if text:
+            return Cursor.parse(text, field)
+    return None
+
+
+def hint_next(service: Service, client: str, scan: Scan) -> float | None:
+    """Seconds until this client's next poll of this scan is worth making; None when nothing more will come."""
+    if scan.state.is_terminal:
+        return None
+    progress = service.log.get_progress(scan.id)
+    version = (scan.n, None if progress is None else progress.done)
+    return service.sessions.poll(client, scan.id, version, service.runner.estimate_change(scan))
+
+
+async def get_snapshot(request: Request) -> Response:
+    """GET /v1/scans/{id}"""
+    service, client = get_service(request), get_client(request)
+    service.limits.charge("read", client)
+    scan = service.log.get(request.path_params["id"])
+    cursor, wait_s = read_cursor(request), read_wait_s(request, service)
+    headers = {}
+    if wait_s and cursor is not None and not scan.state.is_terminal:
+        await _wait_past(service, client, scan.id, cursor, wait_s)
+        scan = service.log.get(scan.id)
+        headers["Preference-Applied"] = f"wait={wait_s:g}"
+    encoded = request.app.state.snapshots.get(service, scan)
+    poll_after_s = hint_next(service, client, scan)
+    headers |= {"ETag": encoded.etag, "Cache-Control": "no-cache", **service.limits.headers("read", client)}
+    if poll_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(poll_after_s))
+    if encoded.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    body = encoded.body + b',"poll_after_s":' + orjson.dumps(poll_after_s) + b"}"
+    return Response(body, headers=headers, media_type=JSON)
+
+
+async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor, wait_s: float) -> None:
+    """Returns when there are durable events behind the cursor, or when the time is over."""
+    service.limits.charge("connect", client)
+    with (
+        service.limits.open_stream(client),
+        service.hub.connect("long-poll") as subscriber,
+        service.sessions.stream(client, [scan_id]),
+    ):
+        service.hub.subscribe(subscriber, scan_id, cursor)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await _wait_durable(subscriber)
+
+
+async def _wait_durable(subscriber: Subscriber) -> None:
+    async for batch in subscriber.batches():
+        if any(event.type is not EventType.PROGRESS for event in batch):
+            return
+
+
+async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cursor | None) -> Response:
+    """What is new behind the cursor, as one JSON document; waits for it when the client prefers to."""
+    service, client = get_service(request), get_client(request)
+    service.limits.charge("read", client)
+    wait_s = read_wait_s(request, service)
+    headers = {"Cache-Control": "no-store", **service.limits.headers("read", client)}
+    with service.hub.connect("poll") as subscriber:
+        for scan_id in scan_ids:
+            service.hub.subscribe(subscriber, scan_id, cursor)
+        batch = await subscriber.read()
+        if not batch and wait_s and not subscriber.is_done:
+            service.limits.charge("connect", client)
+            headers["Preference-Applied"] = f"wait={wait_s:g}"
+            with service.limits.open_stream(client), service.sessions.stream(client, scan_ids):
+                batch = await _wait_any(subscriber, wait_s)
+        after = max([watch.after for watch in subscriber.watches.values()] + [event.n or 0 for event in batch])
+        is_closed = subscriber.is_done
+        has_more = any(
+            (scan := service.log.find(scan_id)) is not None and watch.after < scan.n
+            for scan_id, watch in subscriber.watches.items()
+        )
+    hints = [hint for scan_id in scan_ids if (hint := _hint(service, client, scan_id)) is not None]
+    poll_after_s = 0.0 if has_more else min(hints, default=None)
+    if poll_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(poll_after_s))
+    tail = {"cursor": str(Cursor(service.log.epoch, after)), "closed": is_closed, "poll_after_s": poll_after_s}
+    body = b'{"events":[' + b",".join(event.json for event in batch) + b"]," + orjson.dumps(tail)[1:]
+    return Response(body, headers=headers, media_type=JSON)
+
+
+async def _wait_any(subscriber: Subscriber, wait_s: float) -> list[Event]:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            async for batch in subscriber.batches():
+                return batch
+    return []
+
+
+def _hint(service: Service, client: str, scan_id: str) -> float | None:
+    scan = service.log.find(scan_id)
+    return None if scan is None else hint_next(service, client, scan)
+
+
+def require_known(service: Service, scan_ids: Sequence[str]) -> None:
+    """Raises UnknownScan, or InvalidParams for none or too many."""
+    if not 0 < len(scan_ids) <= service.settings.max_scans_per_stream:
+        raise InvalidParams.of(
+            "scan", f"name 1 to {service.settings.max_scans_per_stream} scans, as in ?scan=A&scan=B"
+        )
+    for scan_id in scan_ids:
+        service.log.get(scan_id)

@@ -1,0 +1,207 @@
+"""The WebSocket /v1/ws, subprotocol scanwire.v1: many scans, commands and events over one connection.
+
+What a close code asks of the client:
+
+    1001  the server goes away     come back after `bye.reconnect_ms`
+    1008  refused (policy)         do not come back with the same request
+    1009  a message was too big    send smaller ones
+    1013  no place just now        try again later
+    4408  the peer took nothing    come back, with the last cursor
+    4429  too many messages        come back more slowly
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from app.api.problems import close_reason
+from app.api.scans import explain_validation, make_answer
+from app.api.service import Service, get_client, get_service
+from app.core.errors import InvalidParams, InvalidRequest, RateLimited, ScanwireError, TooLarge
+from app.core.event import Cursor, EventType
+from app.engine.admission import Submission
+from app.push.frames import frame_text
+from app.push.subscriber import Subscriber
+
+SUBPROTOCOL = "scanwire.v1"
+STALLED = 4408
+_MAX_REPLIES = 64  # that wait to be written; then no further message is read
+_MAX_REF_CHARS = 100
+
+
+async def serve_websocket(websocket: WebSocket) -> None:
+    """Charges the connect bucket before the handshake is answered, so that a refusal is a plain HTTP answer."""
+    service, client = get_service(websocket), get_client(websocket)
+    offered = websocket.scope.get("subprotocols") or []
+    if offered and SUBPROTOCOL not in offered:
+        raise InvalidRequest(f"Sec-WebSocket-Protocol: this address speaks {SUBPROTOCOL}.")
+    service.limits.charge("connect", client)
+    with service.limits.open_stream(client), service.hub.connect("websocket") as subscriber:
+        await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
+        connection = _Connection(service, client, websocket, subscriber)
+        with contextlib.suppress(WebSocketDisconnect):
+            await connection.serve()
+
+
+class _Connection:
+    """One reader, one writer: replies and events leave in one order, and nothing is written from two places."""
+
+    def __init__(self, service: Service, client: str, websocket: WebSocket, subscriber: Subscriber) -> None:
+        self._service = service
+        self._client = client
+        self._websocket = websocket
+        self._subscriber = subscriber
+        self._replies: deque[bytes] = deque()
+        self._written = asyncio.Event()  # replies went out since it was cleared
+        self._sessions: dict[str, contextlib.ExitStack] = {}
+        self._refusal: ScanwireError | None = None  # why the connection is about to be closed
+
+    async def serve(self) -> None:
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._write())
+        try:
+            done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            for session in self._sessions.values():
+                session.close()
+
+    async def _write(self) -> None:
+        async with contextlib.aclosing(self._subscriber.batches(ends=False)) as batches:
+            async for batch in batches:
+                while self._replies:
+                    await self._send(self._replies.popleft().decode())
+                self._written.set()
+                if self._refusal is not None:
+                    await self._websocket.close(self._refusal.close_code, close_reason(self._refusal))
+                    return
+                for event in batch:
+                    await self._send(frame_text(event))
+                    if event.type is EventType.BYE:
+                        await self._websocket.close(1001, "going away")
+                        return
+                self._service.metrics.note_pushed("websocket", batch)
+
+    async def _send(self, text: str) -> None:
+        try:
+            async with asyncio.timeout(self._service.settings.send_timeout_s):
+                await self._websocket.send_text(text)
+        except TimeoutError:
+            await self._websocket.close(STALLED, "nothing was taken for too long")
+            raise WebSocketDisconnect(STALLED) from None
+
+    async def _read(self) -> None:
+        while self._refusal is None:
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            ref: Any = None
+            try:
+                self._service.limits.charge("message", self._client)
+                command = self._parse(message)
+                ref = command.get("ref")
+                reply = {"ok": True, **await self._obey(command)}
+            except ScanwireError as error:
+                reply = {"error": error.to_problem()}
+                if isinstance(error, TooLarge) or (isinstance(error, RateLimited) and error.extra["limit"] == "message"):
+                    self._refusal = error
+            self._replies.append(orjson.dumps({"ref": ref, **reply}))
+            self._subscriber.wake()
+            while len(self._replies) >= _MAX_REPLIES:
+                self._written.clear()
+                await self._written.wait()
+        await asyncio.Event().wait()  # the writer closes
+
+    def _parse(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        text = message.get("text")
+        if text is None:
+            raise InvalidRequest("The message is binary. Send JSON as text.")
+        limit = self._service.settings.max_message_bytes
+        if len(text) > limit or len(text.encode()) > limit:
+            raise TooLarge(f"A message may have {limit} bytes. Send less.", max_bytes=limit)
+        try:
+            command = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"The message is not JSON: {error}.") from None
+        if not isinstance(command, dict):
+            raise InvalidRequest('The message is not a JSON object such as {"op":"ping"}.')
+        ref = command.get("ref")
+        if not isinstance(ref, str | int | None) or (isinstance(ref, str) and len(ref) > _MAX_REF_CHARS):
+            del command["ref"]
+            raise InvalidParams.of("ref", f"must be an integer or a text of up to {_MAX_REF_CHARS} characters")
+        return command
+
+    async def _obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        command = {name: value for name, value in command.items() if name != "ref"}
+        match command.pop("op", None):
+            case "ping":
+                _refuse_others("ping", command)
+                return {"ts": self._service.log.now_ms()}
+            case "subscribe":
+                return self._subscribe(command)
+            case "unsubscribe":
+                scan_id = _take_scan("unsubscribe", command)
+                self._service.hub.unsubscribe(self._subscriber, scan_id)
+                if scan_id in self._sessions:
+                    self._sessions.pop(scan_id).close()
+                return {"scan": scan_id}
+            case "submit":
+                return await self._submit(command)
+            case "cancel":
+                scan_id = _take_scan("cancel", command)
+                scan = await self._service.admission.cancel(self._client, scan_id)
+                return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+            case op:
+                raise InvalidParams.of(
+                    "op", f"{str(op)[:40]!r} is unknown; there are subscribe, unsubscribe, submit, cancel, ping"
+                )
+
+    def _subscribe(self, command: dict[str, Any]) -> dict[str, Any]:
+        after = command.pop("after", None)
+        scan_id = _take_scan("subscribe", command)
+        if not isinstance(after, str | None):
+            raise InvalidParams.of("after", "must be a cursor, as text")
+        cursor = Cursor.parse(after) if after else None
+        scan = self._service.log.get(scan_id)
+        limit = self._service.settings.max_scans_per_stream
+        if scan_id not in self._sessions and len(self._sessions) >= limit:
+            raise InvalidParams.of("scan", f"one connection may watch {limit} scans; unsubscribe from one first")
+        self._service.hub.subscribe(self._subscriber, scan_id, cursor)
+        if scan_id not in self._sessions:
+            session = self._sessions[scan_id] = contextlib.ExitStack()
+            session.enter_context(self._service.sessions.stream(self._client, [scan_id]))
+        return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+
+    async def _submit(self, command: dict[str, Any]) -> dict[str, Any]:
+        key = command.pop("idempotency_key", None)
+        if not isinstance(key, str | None):
+            raise InvalidParams.of("idempotency_key", "must be text")
+        try:
+            asked = Submission.model_validate(command)
+        except ValidationError as error:
+            raise explain_validation(error) from None
+        scan, joined = await self._service.admission.submit(self._client, asked, key)
+        return {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
+
+
+def _take_scan(op: str, command: dict[str, Any]) -> str:
+    scan_id = command.pop("scan", None)
+    _refuse_others(op, command)
+    if not isinstance(scan_id, str):
+        raise InvalidParams.of("scan", "must be the id of a scan")
+    return scan_id
+
+
+def _refuse_others(op: str, command: Mapping[str, Any]) -> None:
+    if command:
+        raise InvalidParams.of(next(iter(command))[:40], f"is not a member of the message {op!r}")

@@ -1,0 +1,171 @@
+"""Builds the service and wires its parts; start, and the order of the stop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from app.api import operations, polling, scans, sse, websocket
+from app.api.openapi import make_openapi
+from app.api.problems import PROBLEMS
+from app.api.security import protect
+from app.api.service import Service
+from app.core.settings import Settings
+from app.engine.admission import Admission
+from app.engine.limits import Limits
+from app.engine.reaper import Reaper
+from app.engine.runner import Runner
+from app.engine.sessions import Sessions
+from app.engine.worker import inspect_prices
+from app.log.eventlog import EventLog
+from app.log.sqlite import SqliteJournal
+from app.market.sample import make_sample
+from app.observe.metrics import Metrics
+from app.push.hub import Hub
+
+logger = logging.getLogger(__name__)
+
+STATIC = next(
+    path for path in (Path(__file__).parent / "static", Path(__file__).parents[1] / "static") if path.is_dir()
+)
+SAMPLE_NAME = "sample.parquet"
+
+
+def make_clock_ms(clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> Callable[[], int]:
+    """Milliseconds since 1970 that never jump: the wall clock is read once, and time passes by the monotonic one."""
+    offset = wall() - clock()
+    return lambda: int((offset + clock()) * 1000)
+
+
+def create_app(settings: Settings | None = None) -> ASGIApp:
+    """The ASGI application. Settings come from the environment when none are given."""
+    settings = settings or Settings()
+    routes = [
+        Route("/v1/scans", scans.submit_scan, methods=["POST"]),
+        Route("/v1/scans", scans.list_scans, methods=["GET"]),
+        Route("/v1/scans/{id}", polling.get_snapshot, methods=["GET"]),
+        Route("/v1/scans/{id}", scans.cancel_scan, methods=["DELETE"]),
+        Route("/v1/scans/{id}/events", sse.get_scan_events, methods=["GET"]),
+        Route("/v1/scans/{id}/matches", scans.get_matches, methods=["GET"]),
+        Route("/v1/scans/{id}/matches.{suffix}", scans.get_matches, methods=["GET"]),
+        Route("/v1/events", sse.get_events, methods=["GET"]),
+        Route("/v1/scanners", scans.list_all_scanners, methods=["GET"]),
+        Route("/v1/performance", operations.get_performance, methods=["GET"]),
+        Route("/v1/operations", operations.get_operations, methods=["GET"]),
+        Route("/healthz", operations.get_health, methods=["GET"]),
+        Route("/readyz", operations.get_ready, methods=["GET"]),
+        Route("/metrics", operations.get_metrics, methods=["GET"]),
+        Route("/openapi.json", make_openapi, methods=["GET"]),
+        WebSocketRoute("/v1/ws", websocket.serve_websocket),
+        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/", StaticFiles(directory=STATIC, html=True)),
+    ]
+    app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
+    app.state.settings = settings
+    app.state.snapshots = polling.SnapshotCache()
+    return protect(app, settings)
+
+
+@contextlib.asynccontextmanager
+async def _run_service(app: Starlette) -> AsyncIterator[None]:
+    """Everything that lives as long as the service. Stopped in the opposite order: work first, the journal last."""
+    settings: Settings = app.state.settings
+    metrics = Metrics()
+    log = EventLog(
+        SqliteJournal(settings.state_dir / "journal.db"),
+        now_ms=make_clock_ms(),
+        memory_bytes=settings.log_memory_bytes,
+    )
+    await log.open()
+    try:
+        async with Runner(settings, log, clock=time.monotonic) as runner:
+            await runner.warm_up()
+            store = await runner.call_worker(inspect_prices, await _find_prices(settings, runner))
+            hub = Hub(log)
+            limits = Limits(settings)
+            sessions = Sessions(
+                idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=time.monotonic
+            )
+            admission = Admission(settings, log, runner, limits, sessions, store, clock=time.monotonic)
+            reaper = Reaper(settings, log, runner, admission, sessions, limits)
+            runner.finished = sessions.forget
+            metrics.watch(log, hub, runner, sessions, limits, reaper)
+            app.state.service = Service(
+                settings=settings,
+                store=store,
+                log=log,
+                hub=hub,
+                limits=limits,
+                sessions=sessions,
+                runner=runner,
+                admission=admission,
+                reaper=reaper,
+                metrics=metrics,
+            )
+            await admission.take_up()
+
+            def drain() -> None:
+                admission.is_draining = True
+                hub.drain(int(settings.drain_s * 1000))
+
+            timers = [asyncio.create_task(reaper.run()), asyncio.create_task(metrics.measure_loop_lag())]
+            try:
+                with _on_stop_signal(drain):
+                    logger.info("ready", extra={"action": "ready"})
+                    yield
+                drain()
+            finally:
+                for timer in timers:
+                    timer.cancel()
+                await asyncio.gather(*timers, return_exceptions=True)
+    finally:
+        await log.close()
+        logger.info("stopped", extra={"action": "stopped"})
+
+
+async def _find_prices(settings: Settings, runner: Runner) -> Path:
+    """The price file that was named, or the sample, which is made when it is not there yet."""
+    if settings.prices is not None:
+        return settings.prices
+    sample = settings.state_dir / SAMPLE_NAME
+    if not sample.exists():
+        await runner.call_worker(make_sample, sample)
+    return sample
+
+
+@contextlib.contextmanager
+def _on_stop_signal(drain: Callable[[], None]) -> Any:
+    """Calls `drain` at SIGTERM and SIGINT, before the server's own handler.
+
+    The server waits for its open connections before it ends the lifespan, so streams must hear of the stop first.
+    """
+    loop = asyncio.get_running_loop()
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(drain)
+        earlier = previous[number]
+        if callable(earlier):
+            earlier(number, frame)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, stop)
+    except ValueError:  # not the main thread: whoever runs the server there stops it in another way
+        previous.clear()
+    try:
+        yield
+    finally:
+        for restored, earlier in previous.items():
+            signal.signal(restored, earlier)

@@ -1,0 +1,134 @@
+"""What the service measures of itself, for Prometheus and for /v1/performance."""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from app.core.event import Event
+from app.core.scan import State
+from app.engine.limits import Limits
+from app.engine.reaper import Reaper
+from app.engine.runner import Runner
+from app.engine.sessions import Sessions
+from app.log.eventlog import EventLog
+from app.push.hub import Hub
+
+LAG_EVERY_S = 0.05
+_KEPT = 2048  # of the latest lags, for quantiles
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+class Metrics:
+    """Counters and histograms that are written where things happen; all else is read when it is asked for."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._push_lag = Histogram(
+            "scanwire_push_lag_seconds",
+            "From the making of a durable event to its being handed to one subscriber's transport",
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        self._loop_lag = Histogram(
+            "scanwire_loop_lag_seconds",
+            "How much later than asked for the event loop runs a timer",
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        self.pushed: Counter[str] = Counter()  # events by transport
+        self._push_lags: deque[float] = deque(maxlen=_KEPT)
+        self._loop_lags: deque[float] = deque(maxlen=_KEPT)
+        ProcessCollector(registry=self.registry)
+
+    def note_pushed(self, transport: str, batch: Sequence[Event]) -> None:
+        """These events were handed to a subscriber's transport just now."""
+        self.pushed[transport] += len(batch)
+        if batch and batch[-1].n is not None:
+            lag_s = max(0.0, time.time() - batch[-1].ts / 1000)
+            self._push_lag.observe(lag_s)
+            self._push_lags.append(lag_s)
+
+    async def measure_loop_lag(self) -> None:
+        """Measures for ever how late the event loop is."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            lag_s = max(0.0, loop.time() - due)
+            self._loop_lag.observe(lag_s)
+            self._loop_lags.append(lag_s)
+
+    def quantiles(self) -> dict[str, dict[str, float | None]]:
+        """Median, 99th percentile and maximum of the latest lags, in milliseconds."""
+        return {"loop_lag_ms": _quantiles(self._loop_lags), "push_lag_ms": _quantiles(self._push_lags)}
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def watch(
+        self, log: EventLog, hub: Hub, runner: Runner, sessions: Sessions, limits: Limits, reaper: Reaper
+    ) -> None:
+        """From now on the statistics of these parts are among the metrics."""
+        self.registry.register(_Parts(self, log, hub, runner, sessions, limits, reaper))
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"p50": None, "p99": None, "max": None}
+    ordered = sorted(values)
+    return {
+        name: round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1000, 3)
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+    }
+
+
+class _Parts(Collector):
+    def __init__(self, metrics: Metrics, *parts: Any) -> None:
+        self._metrics = metrics
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        log, hub, runner, sessions, limits, reaper = self._parts
+        running, limited = runner.statistics(), limits.statistics()
+        states = Counter({state: 0 for state in State}) + Counter(scan.state for scan in log.list_scans())
+        yield _by("gauge", "scans", "Scans kept, by state", "state", {state: states[state] for state in State})
+        yield _gauge("queue_length", "Scans that wait for a slot", running.queued)
+        yield _gauge("slots_used", "Scans that run", running.running)
+        yield _gauge("slots", "Scans that may run at the same time", running.slots)
+        yield _gauge("workers_busy", "Worker processes at work", running.workers_busy)
+        yield _by("gauge", "subscribers", "Open subscriptions", "transport", hub.statistics().subscribers)
+        yield _gauge("channels", "Scans that somebody watches", hub.statistics().channels)
+        yield _gauge("sessions", "Clients present on a scan", sessions.statistics().sessions)
+        yield _gauge("streams", "Open streams that hold a place", limited.streams)
+        yield _gauge("buckets", "Token buckets held", limited.buckets)
+        yield _gauge("log_memory_bytes", "Events of finished scans held in memory", log.statistics().memory_bytes)
+        yield _gauge("journal_writable", "1 while the journal can be written", int(log.fault is None))
+        yield _counter("events_appended", "Durable events committed", log.statistics().events_appended)
+        yield _counter("worker_crashes", "Worker processes that died on a chunk", running.worker_crashes)
+        yield _by("counter", "events_pushed", "Events handed to a transport", "transport", self._metrics.pushed)
+        yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused)
+        yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"scanwire_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"scanwire_{name}", text, value=value)
+
+
+def _by(kind: str, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+    make = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
+    family = make(f"scanwire_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([str(key)], value)
+    return family
