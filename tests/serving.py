@@ -1,0 +1,99 @@
+"""A real server on a loopback port, inside the test's own event loop."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+
+from app.api.service import Service
+from app.application import create_app
+from app.core.settings import Settings
+
+# No test is about these unless it says so.
+GENEROUS = {
+    "submit_per_min": 100_000,
+    "submit_heavy_per_hour": 100_000,
+    "read_per_s": 100_000,
+    "read_burst": 100_000,
+    "connect_per_s": 100_000,
+    "connect_burst": 100_000,
+    "message_per_s": 100_000,
+    "message_burst": 100_000,
+    "max_active_per_client": 1000,
+    "max_queued": 1000,
+    "max_streams_per_client": 1000,
+    "drain_s": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    url: str
+    service: Service
+    http: httpx.AsyncClient
+
+    async def submit(self, scanner: str = "gap-up", /, *, headers: dict[str, str] | None = None, **params: Any) -> Any:
+        """The snapshot of a scan that runs for itself."""
+        answer = await self.http.post(
+            "/v1/scans", json={"scanner": scanner, "params": params, "reuse": "never"}, headers=headers
+        )
+        assert answer.status_code in (200, 202), answer.text
+        return answer.json()
+
+    async def finish(self, scan_id: str) -> Any:
+        """The snapshot of a scan once it has ended."""
+        async with asyncio.timeout(30):
+            async with self.http.stream(
+                "GET", f"/v1/scans/{scan_id}/events", headers={"Accept": "application/x-ndjson"}
+            ) as stream:
+                async for _ in stream.aiter_lines():
+                    pass
+        return (await self.http.get(f"/v1/scans/{scan_id}")).json()
+
+
+@contextlib.asynccontextmanager
+async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator[Serving]:
+    """Serves until the block is left, then stops in an orderly way."""
+    app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)))
+    inner: Any = app
+    while not isinstance(inner, Starlette):
+        inner = inner.app
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            app, lifespan="on", log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=5
+        )
+        server = uvicorn.Server(config)
+        with contextlib.ExitStack() as stack:
+            # Tests send no signals to themselves; the handlers of the test runner stay.
+            stack.enter_context(_without_signals(server))
+            serving = asyncio.create_task(server.serve([listener]))
+            try:
+                async with asyncio.timeout(30):
+                    while not server.started:
+                        if serving.done():
+                            serving.result()
+                            raise RuntimeError("the server did not start")
+                        await asyncio.sleep(0.01)
+                limits = httpx.Limits(max_connections=500)
+                async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as http:
+                    yield Serving(url, inner.state.service, http)
+            finally:
+                if server.started:
+                    inner.state.service.hub.drain(0)
+                server.should_exit = True
+                await serving
+
+
+@contextlib.contextmanager
+def _without_signals(server: uvicorn.Server) -> Any:
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    yield

@@ -1,0 +1,71 @@
+"""Scanners that misbehave on request, registered as a third party would: through the entry point group."""
+
+import os
+import signal
+from pathlib import Path
+
+import polars as pl
+from pydantic import Field
+
+from app.scanners.params import MarketParams
+from app.scanners.registry import Prices, Scanner
+
+
+class GateParams(MarketParams):
+    gate: str | None = Field(None, description="a FIFO; each chunk waits until someone writes into it")
+    only_symbol: str | None = Field(None, description="misbehave on the chunk with this symbol alone")
+
+
+class CrashParams(GateParams):
+    marker: str | None = Field(None, description="a file; once it is there, nothing crashes any more")
+
+
+def _is_meant(frame: pl.DataFrame, params: GateParams) -> bool:
+    return params.only_symbol is None or params.only_symbol in frame["symbol"]
+
+
+def find_gated(prices: Prices, params: GateParams) -> pl.DataFrame:
+    """The first row of every symbol, once the gate was opened."""
+    frame = prices.with_features([])
+    if params.gate is not None and _is_meant(frame, params):
+        with open(params.gate, "rb") as gate:
+            gate.read()
+    return frame.group_by("symbol", maintain_order=True).agg(pl.col("date").first())
+
+
+def find_crashing(prices: Prices, params: CrashParams) -> pl.DataFrame:
+    frame = prices.with_features([])
+    if _is_meant(frame, params) and not (params.marker and Path(params.marker).exists()):
+        if params.marker:
+            Path(params.marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return find_gated(prices, params)
+
+
+def find_raising(prices: Prices, params: GateParams) -> pl.DataFrame:
+    raise RuntimeError("/secret/path of the server")
+
+
+def find_everything(prices: Prices, params: GateParams) -> pl.DataFrame:
+    """Every row is a match."""
+    return prices.with_features([]).select("symbol", "date")
+
+
+def _make(name: str, find: object, params: type[MarketParams] = GateParams) -> Scanner:
+    return Scanner(name=name, title=name, summary=name, params=params, find=find, columns={})  # type: ignore[arg-type]
+
+
+GATED = _make("trial-gated", find_gated)
+CRASHING = _make("trial-crashing", find_crashing, CrashParams)
+RAISING = _make("trial-raising", find_raising)
+EVERYTHING = _make("trial-everything", find_everything)
+BROKEN = "not a scanner at all"
+
+ENTRY_POINTS = """[scanwire.scanners]
+gated = tests.trial_scanners:GATED
+crashing = tests.trial_scanners:CRASHING
+raising = tests.trial_scanners:RAISING
+everything = tests.trial_scanners:EVERYTHING
+broken = tests.trial_scanners:BROKEN
+missing = tests.no_such_module:SCANNER
+"""
