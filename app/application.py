@@ -5,13 +5,14 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -42,7 +43,9 @@ STATIC = next(
 SAMPLE_NAME = "sample.parquet"
 
 
-def make_clock_ms(clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> Callable[[], int]:
+def make_clock_ms(
+    clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+) -> Callable[[], int]:
     """Milliseconds since 1970 that never jump: the wall clock is read once, and time passes by the monotonic one."""
     offset = wall() - clock()
     return lambda: int((offset + clock()) * 1000)
@@ -52,10 +55,8 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     """The ASGI application. Settings come from the environment when none are given."""
     settings = settings or Settings()
     routes = [
-        Route("/v1/scans", scans.submit_scan, methods=["POST"]),
-        Route("/v1/scans", scans.list_scans, methods=["GET"]),
-        Route("/v1/scans/{id}", polling.get_snapshot, methods=["GET"]),
-        Route("/v1/scans/{id}", scans.cancel_scan, methods=["DELETE"]),
+        _route("/v1/scans", GET=scans.list_scans, POST=scans.submit_scan),
+        _route("/v1/scans/{id}", GET=polling.get_snapshot, DELETE=scans.cancel_scan),
         Route("/v1/scans/{id}/events", sse.get_scan_events, methods=["GET"]),
         Route("/v1/scans/{id}/matches", scans.get_matches, methods=["GET"]),
         Route("/v1/scans/{id}/matches.{suffix}", scans.get_matches, methods=["GET"]),
@@ -69,12 +70,26 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
         Route("/openapi.json", make_openapi, methods=["GET"]),
         WebSocketRoute("/v1/ws", websocket.serve_websocket),
         Mount("/static", StaticFiles(directory=STATIC)),
-        Mount("/", StaticFiles(directory=STATIC, html=True)),
+        Route("/", get_page, methods=["GET"]),
     ]
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
     return protect(app, settings)
+
+
+def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> Route:
+    """One route for all methods of an address, so that `Allow` names every one of them."""
+
+    async def dispatch(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, dispatch, methods=list(endpoints))
+
+
+async def get_page(request: Request) -> Response:
+    """GET /: the start page."""
+    return FileResponse(STATIC / "index.html")
 
 
 @contextlib.asynccontextmanager

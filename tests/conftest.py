@@ -1,8 +1,9 @@
 """What several test files need: price files, and parts that may be missing on a machine."""
 
+import asyncio
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from app.scanners import registry
 from tests.trial_scanners import ENTRY_POINTS
 
 SHARED_PRICES = Path(__file__).parents[2] / "shared" / "data" / "sp500_daily_2013_2018.parquet"
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    """Lets the event loop turn until something is so; for what has no event of its own to wait for."""
+    async with asyncio.timeout(20):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 def require(is_there: bool, reason: str) -> None:

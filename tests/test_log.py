@@ -18,6 +18,7 @@ from app.core.scan import Progress, Skipped, State
 from app.log.eventlog import EventLog
 from app.log.journal import Checkpoint, Write
 from app.log.sqlite import SqliteJournal
+from tests.conftest import until
 from tests.test_scan import CANCELLING, QUEUED, STARTED, ended, found, make_scan
 
 
@@ -223,18 +224,12 @@ class BrokenJournal(SqliteJournal):
         super()._commit(connection, writes)
 
 
-async def _until_fault(log: EventLog) -> None:
-    async with asyncio.timeout(5):
-        while log.fault is None:
-            await asyncio.sleep(0)
-
-
 async def test_a_full_disk_shows_nothing_and_loses_nothing(tmp_path: Path) -> None:
     journal = BrokenJournal(tmp_path / "journal.db")
     async with open_log(tmp_path, journal=journal) as log:
         log.create(make_scan())
         appending = asyncio.create_task(log.append("s_test", QUEUED, STARTED))
-        await _until_fault(log)
+        await until(lambda: log.fault)
         assert "full" in str(log.fault)
         assert not appending.done()
         with pytest.raises(UnknownScan):
@@ -249,14 +244,16 @@ async def test_what_could_not_be_written_before_the_close_says_so(tmp_path: Path
     async with open_log(tmp_path, journal=journal) as log:
         log.create(make_scan())
         appending = asyncio.create_task(log.append("s_test", QUEUED))
-        await _until_fault(log)
+        await until(lambda: log.fault)
     with pytest.raises(JournalUnavailable):
         await appending
     with pytest.raises(JournalUnavailable):
         await log.append("s_test", QUEUED)
 
 
-@pytest.mark.parametrize("content", [b"not a database at all, but some text that is long enough", b"SQLite format 3\0cut"])
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but some text that is long enough", b"SQLite format 3\0cut"]
+)
 async def test_a_file_that_is_no_journal_is_refused_with_what_to_do(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "journal.db").write_bytes(content)
     with pytest.raises(JournalUnavailable, match="SCANWIRE_STATE_DIR"):

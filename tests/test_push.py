@@ -17,6 +17,7 @@ from app.push import subscriber as subscriber_module
 from app.push.frames import frame_ndjson, frame_sse, frame_text
 from app.push.hub import Hub
 from app.push.subscriber import Subscriber
+from tests.conftest import until
 from tests.test_log import open_log
 from tests.test_scan import QUEUED, STARTED, ended, found, make_scan
 
@@ -164,8 +165,7 @@ async def test_leaving_takes_a_subscriber_out_of_every_channel(tmp_path: Path) -
         await add_scan(log, "s_a", QUEUED)
         hub = Hub(log)
         reading = asyncio.create_task(collect(hub, "s_a"))
-        while not hub.statistics().channels:
-            await asyncio.sleep(0)
+        await until(lambda: hub.statistics().channels)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         assert (hub.statistics().subscribers, hub.statistics().channels) == ({}, 0)
@@ -189,8 +189,7 @@ async def test_at_a_drain_every_subscriber_hears_bye_and_then_the_stream_ends(tm
         await add_scan(log, "s_a", QUEUED)
         hub = Hub(log)
         reading = [asyncio.create_task(collect(hub, "s_a")) for _ in range(3)]
-        while sum(hub.statistics().subscribers.values()) < 3:
-            await asyncio.sleep(0)
+        await until(lambda: sum(hub.statistics().subscribers.values()) == 3)
         hub.drain(500)
         byes = [events[-1] for events in await asyncio.gather(*reading)] + [(await collect(hub, "s_a"))[-1]]
     assert {event.type for event in byes} == {EventType.BYE}

@@ -17,8 +17,9 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from app.api.addresses import client_address, client_key
 from app.api.problems import PROBLEMS, close_reason, problem_response
-from app.api.security import SECURITY_HEADERS, Security, client_address, client_key, protect
+from app.api.security import SECURITY_HEADERS, Security, protect
 from app.core.errors import RateLimited, ScanwireError, TooLarge, WrongState
 from app.core.settings import Settings, hash_key
 

@@ -2,31 +2,23 @@
 
 Written as pure ASGI (a `BaseHTTPMiddleware` would hide disconnects from the streams). `protect` puts the parts around
 an application in the right order.
-
-Two addresses must not be mixed up. The *peer* is who opened the TCP connection; it cannot be forged. The *client
-address* is what a trusted proxy says in X-Forwarded-For; run uvicorn with `proxy_headers=False`, or it replaces the
-peer before anything here can look at it.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from hmac import compare_digest
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import ip_network
 from typing import NamedTuple
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.addresses import client_address, client_key, parse_address
 from app.api.problems import refuse
 from app.core.errors import Forbidden, InvalidRequest, KeyRequired, ScanwireError, TooLarge
 from app.core.settings import Settings, hash_key
 
-Address = IPv4Address | IPv6Address
-Networks = tuple[IPv4Network | IPv6Network, ...]
-
-# The client of a UNIX socket, and of a server that names no peer.
-LOCAL = "local"
 # A browser cannot set headers on a WebSocket, and query strings are logged: the key travels as a subprotocol.
 KEY_SUBPROTOCOL = "scanwire.key."
 OPERATIONS = "/v1/operations"
@@ -64,70 +56,7 @@ _WANTED = frozenset(
 )
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?")
-# [IPv6]:port, IPv4:port or a bare address; a zone id (fe80::1%eth0) means nothing outside its own machine.
-_ADDRESS = re.compile(
-    r"\[([0-9a-f:.]+)(?:%[^\]]*)?\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9a-f:.]+)(?:%.*)?", re.IGNORECASE
-)
-_ADDRESS_CHARS = 64
 _HOST_CHARS = 300
-
-
-@lru_cache(maxsize=8192)
-def _parse_cached(text: str) -> Address | None:
-    match = _ADDRESS.fullmatch(text.strip())
-    if match is None:
-        return None
-    try:
-        address = ip_address(match[1] or match[2] or match[3])
-    except ValueError:
-        return None
-    if isinstance(address, IPv6Address) and address.ipv4_mapped:
-        return address.ipv4_mapped
-    return address
-
-
-def parse_address(text: str) -> Address | None:
-    """The IP address written there, or None. Ports, brackets and zone ids are dropped, v4-mapped is unmapped."""
-    return _parse_cached(text) if len(text) <= _ADDRESS_CHARS else None
-
-
-def client_address(scope: Scope, trusted_networks: Networks) -> str:
-    """The address that a request is charged to; `local` for a UNIX socket.
-
-    X-Forwarded-For is believed as far as trusted proxies wrote it: from the right, past every address in
-    `trusted_networks`, to the first one outside. An entry that is no address stops the walk, and the last good one
-    counts. A peer outside the networks is the client itself, whatever it sends.
-    """
-    peer = scope.get("client")
-    address = parse_address(peer[0]) if peer else None
-    if address is None:
-        return LOCAL
-    if trusted_networks and _is_in(address, trusted_networks):
-        forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
-        for hop in reversed(forwarded.decode("latin-1").split(",")):
-            before = parse_address(hop)
-            if before is None:
-                break
-            address = before
-            if not _is_in(address, trusted_networks):
-                break
-    return str(address)
-
-
-@lru_cache(maxsize=8192)
-def client_key(address: str, api_key_name: str | None = None) -> str:
-    """The name that limits are charged to: `key:NAME`, `ip:1.2.3.4`, `ip:2001:db8:1:2::/64` or `local`.
-
-    IPv6 counts by /64, which is what one subscriber line has.
-    """
-    if api_key_name is not None:
-        return f"key:{api_key_name}"
-    parsed = parse_address(address)
-    if parsed is None:
-        return LOCAL
-    if isinstance(parsed, IPv6Address):
-        return f"ip:{IPv6Network((int(parsed) >> 64 << 64, 64))}"
-    return f"ip:{parsed}"
 
 
 class ApiKey(NamedTuple):
@@ -429,7 +358,3 @@ def _is_loopback(scope: Scope, fields: Mapping[bytes, str]) -> bool:
     if host != "localhost" and not (named and named.is_loopback):
         return False
     return fields.keys().isdisjoint(_PROXY_FIELDS)
-
-
-def _is_in(address: Address, networks: Networks) -> bool:
-    return any(address in network for network in networks)
