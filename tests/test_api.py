@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import pytest_asyncio
 from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 from app.core.scan import digest_rows
 from tests.conftest import Gate, until
@@ -107,7 +108,9 @@ async def read_polls(serving: Serving, scan_id: str) -> list[dict[str, Any]]:
 
 async def read_websocket(serving: Serving, scan_id: str, after: str | None = None) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
-    async with connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=["scanwire.v1"]) as socket:  # type: ignore[list-item]
+    async with connect(
+        serving.url.replace("http", "ws") + "/v1/ws", subprotocols=[Subprotocol("scanwire.v1")]
+    ) as socket:
         await socket.send(json.dumps({"op": "subscribe", "scan": scan_id, "after": after, "ref": 1}))
         async for text in socket:
             message = json.loads(text)

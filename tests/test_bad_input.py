@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.typing import Subprotocol
 
 from tests.serving import Serving, serve
 
@@ -161,9 +162,8 @@ async def test_a_cursor_that_is_garbage_is_refused_and_the_field_named(serving: 
     scan_id = scan.id if scan else (await _one_scan(serving))
     for address in (f"/v1/scans/{scan_id}/events", f"/v1/scans/{scan_id}"):
         check_problem(await serving.http.get(address, params={"after": cursor}), 400, "after")
-    answer = await serving.http.get(
-        f"/v1/scans/{scan_id}/events", headers={"Last-Event-ID": cursor.encode(), "Accept": "text/event-stream"}
-    )
+    headers = [(b"Last-Event-ID", cursor.encode()), (b"Accept", b"text/event-stream")]
+    answer = await serving.http.get(f"/v1/scans/{scan_id}/events", headers=headers)
     check_problem(answer, 400, "Last-Event-ID")
 
 
@@ -224,7 +224,7 @@ async def test_other_wrong_requests_say_what_would_be_right(serving: Serving, fi
 
 
 def open_socket(serving: Serving, **options: Any) -> Any:
-    return connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=["scanwire.v1"], **options)
+    return connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=[Subprotocol("scanwire.v1")], **options)
 
 
 async def ask(socket: ClientConnection, message: str | bytes) -> dict[str, Any]:
@@ -305,7 +305,7 @@ async def test_a_page_of_another_site_cannot_open_a_websocket(serving: Serving) 
 
 async def test_a_peer_that_speaks_another_subprotocol_is_refused(serving: Serving) -> None:
     with pytest.raises(InvalidStatus) as refused:
-        await connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=["mqtt"]).__aenter__()  # type: ignore[list-item]
+        await connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=[Subprotocol("mqtt")]).__aenter__()
     assert refused.value.response.status_code == 400
 
 
@@ -313,7 +313,7 @@ async def test_commands_over_the_websocket_do_what_they_do_over_http(serving: Se
     async with open_socket(serving) as socket:
         subscribed = await ask(socket, json.dumps({"op": "subscribe", "scan": finished, "ref": 1}))
         assert (subscribed["ref"], subscribed["ok"], subscribed["snapshot"]["state"]) == (1, True, "completed")
-        types = []
+        types: list[str] = []
         while not types or types[-1] != "end":
             types.append(json.loads(await socket.recv())["type"])
         assert types[0] == "queued"

@@ -225,7 +225,7 @@ async def test_heavy_scans_have_a_bucket_of_their_own_and_a_refusal_gives_the_su
 
 async def test_the_same_question_is_answered_by_one_scan(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
     async with running(tmp_path, sample_prices, reuse_s=60) as engine:
-        same = {"scanner": "trial-gated", "reuse": "auto", "gate": str(gate.path)}
+        same: dict[str, Any] = {"scanner": "trial-gated", "reuse": "auto", "gate": str(gate.path)}
         scans = await asyncio.gather(*(engine.submit(**same, client=f"c{number}") for number in range(5)))
         assert len({scan.id for scan in scans}) == 1
         assert (await engine.submit(**same | {"symbols": ["AAPL"]})).id != scans[0].id

@@ -1,7 +1,7 @@
 """Scans over HTTP: submit, list, cancel, and what was found."""
 
-from typing import Any
 from collections.abc import AsyncIterator
+from typing import Any
 
 import orjson
 from pydantic import ValidationError

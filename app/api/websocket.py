@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from app.api.problems import close_reason
 from app.api.scans import explain_validation, make_answer
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, InvalidRequest, RateLimited, ScanwireError, TooLarge
+from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge
 from app.core.event import Cursor, EventType
 from app.engine.admission import Submission
 from app.push.frames import frame_text
@@ -113,7 +113,7 @@ class _Connection:
                 reply = {"ok": True, **await self._obey(command)}
             except ScanwireError as error:
                 reply = {"error": error.to_problem()}
-                if isinstance(error, TooLarge) or (isinstance(error, RateLimited) and error.extra["limit"] == "message"):
+                if error.close_code == 1009 or error.extra.get("limit") == "message":
                     self._refusal = error
             self._replies.append(orjson.dumps({"ref": ref, **reply}))
             self._subscriber.wake()

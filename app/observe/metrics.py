@@ -98,7 +98,7 @@ class _Parts(Collector):
     def collect(self) -> Iterator[Metric]:
         log, hub, runner, sessions, limits, reaper = self._parts
         running, limited = runner.statistics(), limits.statistics()
-        states = Counter({state: 0 for state in State}) + Counter(scan.state for scan in log.list_scans())
+        states = Counter(dict.fromkeys(State, 0)) + Counter(scan.state for scan in log.list_scans())
         yield _by("gauge", "scans", "Scans kept, by state", "state", {state: states[state] for state in State})
         yield _gauge("queue_length", "Scans that wait for a slot", running.queued)
         yield _gauge("slots_used", "Scans that run", running.running)
