@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
-    return protect(app, settings)
+    return protect(polling.PlainPolls(app), settings)
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> Route:

@@ -50,10 +50,12 @@ def client_address(scope: Scope, trusted_networks: Networks) -> str:
     counts. A peer outside the networks is the client itself, whatever it sends.
     """
     peer = scope.get("client")
+    if peer and not trusted_networks:
+        return str(peer[0])  # `client_key` reads it
     address = parse_address(peer[0]) if peer else None
     if address is None:
         return LOCAL
-    if trusted_networks and _is_in(address, trusted_networks):
+    if _is_in(address, trusted_networks):
         forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
         for hop in reversed(forwarded.decode("latin-1").split(",")):
             before = parse_address(hop)

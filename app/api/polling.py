@@ -8,24 +8,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import orjson
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app.api.formats import JSON
+from app.api.problems import refuse
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams
+from app.core.errors import InvalidParams, RateLimited
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
 from app.push.subscriber import Subscriber
 
+_SCANS = "/v1/scans/"
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
 
 
 class _Encoded(NamedTuple):
     scan: Scan
     progress: Progress | None
-    etag: str
+    etag: bytes
     body: bytes  # the snapshot without `poll_after_s`, and without the closing brace
 
 
@@ -44,11 +48,71 @@ class SnapshotCache:
             del snapshot["poll_after_s"]
             done = 0 if progress is None else progress.done
             etag = f'W/"{service.log.epoch}-{scan.n}-{done}-{int(scan.is_trimmed)}"'
-            encoded = _Encoded(scan, progress, etag, orjson.dumps(snapshot)[:-1])
+            encoded = _Encoded(scan, progress, etag.encode(), orjson.dumps(snapshot)[:-1])
             if len(self._encoded) >= self._size:
                 del self._encoded[next(iter(self._encoded))]
             self._encoded[scan.id] = encoded
         return encoded
+
+
+class PlainPolls:
+    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, no preference) ahead of all routing.
+
+    It is what clients ask thousands of times a second, and routing would cost more than the answer. Everything else
+    goes on to `app`.
+    """
+
+    def __init__(self, app: Starlette) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.startswith(_SCANS) and scope["type"] == "http" and scope["method"] == "GET":
+            service: Service = self.app.state.service
+            scan = service.log.find(path[len(_SCANS) :])
+            if scan is not None and not scope["query_string"]:
+                if_none_match = b""
+                for name, value in scope["headers"]:
+                    if name == b"if-none-match":
+                        if_none_match = value
+                    elif name == b"prefer":
+                        break
+                else:
+                    await self._answer(service, scope, receive, send, scan, if_none_match)
+                    return
+        await self.app(scope, receive, send)
+
+    async def _answer(
+        self, service: Service, scope: Scope, receive: Receive, send: Send, scan: Scan, if_none_match: bytes
+    ) -> None:
+        client = scope["state"]["client"]
+        try:
+            service.limits.charge("read", client)
+        except RateLimited as refusal:
+            await refuse(refusal, scope, receive, send)
+            return
+        status, headers, body = _encode_answer(service, self.app.state.snapshots, client, scan, if_none_match)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _encode_answer(
+    service: Service, snapshots: SnapshotCache, client: str, scan: Scan, if_none_match: bytes
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, header fields and body of the answer to a snapshot poll; 304 when the client has it already."""
+    encoded = snapshots.get(service, scan)
+    poll_after_s = hint_next(service, client, scan)
+    headers = service.limits.raw_headers("read", client)
+    headers += [(b"etag", encoded.etag), (b"cache-control", b"no-cache")]
+    hint = b"null"
+    if poll_after_s is not None:
+        hint = b"%.3f" % poll_after_s
+        headers.append((b"retry-after", b"%d" % math.ceil(poll_after_s)))
+    if if_none_match and encoded.etag in if_none_match:
+        return 304, headers, b""
+    body = encoded.body + b',"poll_after_s":' + hint + b"}"
+    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    return 200, headers, body
 
 
 def read_wait_s(request: Request, service: Service) -> float:
@@ -79,25 +143,22 @@ def hint_next(service: Service, client: str, scan: Scan) -> float | None:
 
 
 async def get_snapshot(request: Request) -> Response:
-    """GET /v1/scans/{id}"""
+    """GET /v1/scans/{id}; a long poll with `?after=` and `Prefer: wait=`"""
     service, client = get_service(request), get_client(request)
     service.limits.charge("read", client)
     scan = service.log.get(request.path_params["id"])
     cursor, wait_s = read_cursor(request), read_wait_s(request, service)
-    headers = {}
-    if wait_s and cursor is not None and not scan.state.is_terminal:
+    waits = wait_s > 0 and cursor is not None and not scan.state.is_terminal
+    if waits and cursor is not None:
         await _wait_past(service, client, scan.id, cursor, wait_s)
         scan = service.log.get(scan.id)
-        headers["Preference-Applied"] = f"wait={wait_s:g}"
-    encoded = request.app.state.snapshots.get(service, scan)
-    poll_after_s = hint_next(service, client, scan)
-    headers |= {"ETag": encoded.etag, "Cache-Control": "no-cache", **service.limits.headers("read", client)}
-    if poll_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(poll_after_s))
-    if encoded.etag in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    body = encoded.body + b',"poll_after_s":' + orjson.dumps(poll_after_s) + b"}"
-    return Response(body, headers=headers, media_type=JSON)
+    if_none_match = request.headers.get("if-none-match", "").encode("latin-1")
+    status, headers, body = _encode_answer(service, request.app.state.snapshots, client, scan, if_none_match)
+    if waits:
+        headers.append((b"preference-applied", b"wait=%g" % wait_s))
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response
 
 
 async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor, wait_s: float) -> None:
@@ -166,8 +227,6 @@ def _hint(service: Service, client: str, scan_id: str) -> float | None:
 def require_known(service: Service, scan_ids: Sequence[str]) -> None:
     """Raises UnknownScan, or InvalidParams for none or too many."""
     if not 0 < len(scan_ids) <= service.settings.max_scans_per_stream:
-        raise InvalidParams.of(
-            "scan", f"name 1 to {service.settings.max_scans_per_stream} scans, as in ?scan=A&scan=B"
-        )
+        raise InvalidParams.of("scan", f"name 1 to {service.settings.max_scans_per_stream} scans, as in ?scan=A&scan=B")
     for scan_id in scan_ids:
         service.log.get(scan_id)

@@ -36,6 +36,7 @@ SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
         b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     ),
 )
+_SECURITY_NAMES = frozenset(name for name, _ in SECURITY_HEADERS)
 # What a page of another, allowed origin may send and may read.
 CORS_REQUEST_HEADERS = ("Authorization", "X-API-Key", "Idempotency-Key", "Last-Event-ID", "Prefer", "If-None-Match")
 CORS_RESPONSE_HEADERS = ("Location", "ETag", "Retry-After", "RateLimit", "RateLimit-Policy")
@@ -66,7 +67,7 @@ class ApiKey(NamedTuple):
 
 
 class Security:
-    """Refuses who may not ask, and names who may: `scope["state"]["client"]` and `["is_operator"]`.
+    """Refuses who may not ask, and names who may: `scope["state"]["client"]`.
 
     In this order, each refusal being a problem that says what to do next:
 
@@ -105,7 +106,7 @@ class Security:
         self._is_host_allowed = lru_cache(maxsize=256)(self._compare_host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         is_http = scope["type"] == "http"
@@ -116,12 +117,12 @@ class Security:
         try:
             self._check_host(path, fields)
             self._check_origin(scope, path, fields)
-            key, is_operator = self._check_key(scope, path, fields)
+            key = self._check_key(scope, path, fields)
         except ScanwireError as error:
             await refuse(error, scope, receive, send)
             return
         client = client_key(client_address(scope, self._trusted), key)
-        scope["state"] = {**scope.get("state", {}), "client": client, "is_operator": is_operator}
+        scope["state"] = {**scope.get("state", {}), "client": client}
         if not is_http:
             # An endpoint that echoes subprotocols must not echo the key.
             scope["subprotocols"] = [p for p in scope.get("subprotocols", ()) if not p.startswith(KEY_SUBPROTOCOL)]
@@ -174,31 +175,35 @@ class Security:
 
     # Key
 
-    def _check_key(self, scope: Scope, path: str, fields: Mapping[bytes, str]) -> tuple[str | None, bool]:
-        """The name of the key, if one came, and whether the client is an operator."""
-        is_operations = path.startswith(OPERATIONS)
-        if not self._keys:
-            key = None
-        else:
-            offered = _offered_key(scope, fields)
-            key = self._find_key(offered) if offered else None
-            own_token = scope["type"] == "http" and self._own_token(scope["method"], path)
-            if key is None and not own_token and not _is_public(path):
-                if offered:
-                    raise KeyRequired("This API key is not known here. Check it, or ask who runs the server for one.")
-                if self._is_key_necessary or (is_operations and self._has_operator_keys):
-                    raise KeyRequired(
-                        "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`, "
-                        f"or as the WebSocket subprotocol `{KEY_SUBPROTOCOL}KEY`."
-                    )
-        is_operator = (key is not None and key.is_operator) if self._has_operator_keys else _is_loopback(scope, fields)
-        if is_operations and not is_operator:
+    def _check_key(self, scope: Scope, path: str, fields: Mapping[bytes, str]) -> str | None:
+        """The name of the key, if one came."""
+        key = self._find_offered(scope, path, fields) if self._keys else None
+        if path.startswith(OPERATIONS):
+            self._check_operator(scope, fields, key)
+        return key.name if key else None
+
+    def _find_offered(self, scope: Scope, path: str, fields: Mapping[bytes, str]) -> ApiKey | None:
+        offered = _offered_key(scope, fields)
+        key = self._find_key(offered) if offered else None
+        own_token = scope["type"] == "http" and self._own_token(scope["method"], path)
+        if key is None and not own_token and not _is_public(path):
+            if offered:
+                raise KeyRequired("This API key is not known here. Check it, or ask who runs the server for one.")
+            if self._is_key_necessary or (self._has_operator_keys and path.startswith(OPERATIONS)):
+                raise KeyRequired(
+                    "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`, "
+                    f"or as the WebSocket subprotocol `{KEY_SUBPROTOCOL}KEY`."
+                )
+        return key
+
+    def _check_operator(self, scope: Scope, fields: Mapping[bytes, str], key: ApiKey | None) -> None:
+        if self._has_operator_keys:
+            if key is None or not key.is_operator:
+                raise Forbidden("This needs an operator key.")
+        elif not _is_loopback(scope, fields):
             raise Forbidden(
-                "This needs an operator key."
-                if self._has_operator_keys
-                else "This is open on the server's own machine alone; set SCANWIRE_OPERATOR_KEYS to open it to others."
+                "This is open on the server's own machine alone; set SCANWIRE_OPERATOR_KEYS to open it to others."
             )
-        return (key.name if key else None), is_operator
 
     def _find_key(self, offered: str) -> ApiKey | None:
         digest = hash_key(offered).encode()
@@ -275,10 +280,12 @@ def protect(
 def _add_security_headers(send: Send) -> Send:
     async def send_secured(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = list(message.get("headers", ()))
+            headers = message.get("headers", ())
             present = {name for name, _ in headers}
-            headers += [field for field in SECURITY_HEADERS if field[0] not in present]
-            message["headers"] = headers
+            if present.isdisjoint(_SECURITY_NAMES):
+                message["headers"] = [*headers, *SECURITY_HEADERS]
+            else:
+                message["headers"] = [*headers, *(field for field in SECURITY_HEADERS if field[0] not in present)]
         await send(message)
 
     return send_secured

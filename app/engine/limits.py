@@ -250,6 +250,10 @@ class Limits:
             state = f'"{policy}";r={bucket.remaining};t={math.ceil(bucket.reset_s - FORGIVEN_S)}'
         return {"RateLimit-Policy": self._declared[policy], "RateLimit": state}
 
+    def raw_headers(self, policy: PolicyName, client: str) -> list[tuple[bytes, bytes]]:
+        """The same, as ASGI takes it."""
+        return [(name.lower().encode(), value.encode()) for name, value in self.headers(policy, client).items()]
+
     def open_stream(self, client: str) -> StreamLease:
         """A place for one more stream, to be closed when the stream ends.
 
