@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -75,7 +76,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
-    return protect(polling.PlainPolls(app), settings)
+    return protect(app, settings, shortcut=lambda security: polling.PlainPolls(security, app))
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> Route:
@@ -136,6 +137,9 @@ async def _run_service(app: Starlette) -> AsyncIterator[None]:
 
             timers = [asyncio.create_task(reaper.run()), asyncio.create_task(metrics.measure_loop_lag())]
             try:
+                # What was loaded to start lives as long as the service: the collector need not look at it again.
+                gc.collect()
+                gc.freeze()
                 with _on_stop_signal(drain):
                     logger.info("ready", extra={"action": "ready"})
                     yield

@@ -58,13 +58,18 @@ class Serving:
         return (await self.http.get(f"/v1/scans/{scan_id}")).json()
 
 
+def find_state(app: Any) -> Any:
+    """The state of the Starlette application that is wrapped in there."""
+    while not isinstance(app, Starlette):
+        app = getattr(app, "app", None) or app._security
+    return app.state
+
+
 @contextlib.asynccontextmanager
 async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way."""
     app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)))
-    inner: Any = app
-    while not isinstance(inner, Starlette):
-        inner = inner.app
+    state = find_state(app)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -85,10 +90,10 @@ async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator
                         await asyncio.sleep(0.01)
                 limits = httpx.Limits(max_connections=500)
                 async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as http:
-                    yield Serving(url, inner.state.service, http)
+                    yield Serving(url, state.service, http)
             finally:
                 if server.started:
-                    inner.state.service.hub.drain(0)
+                    state.service.hub.drain(0)
                 server.should_exit = True
                 await serving
 

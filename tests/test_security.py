@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket
 
 from app.api.addresses import client_address, client_key
 from app.api.problems import PROBLEMS, close_reason, problem_response
-from app.api.security import SECURITY_HEADERS, Security, protect
+from app.api.security import DATA_HEADERS, Security, protect
 from app.core.errors import RateLimited, ScanwireError, TooLarge, WrongState
 from app.core.settings import Settings, hash_key
 
@@ -465,7 +465,7 @@ def test_no_garbage_is_an_allowed_host(garbage: bytes) -> None:
 
 async def test_every_http_response_carries_the_security_headers() -> None:
     for response in (await ask("/"), await ask("/", host="evil.example"), await ask("/v1/operations")):
-        for name, value in SECURITY_HEADERS:
+        for name, value in DATA_HEADERS:
             assert response.headers[name.decode()] == value.decode()
 
 

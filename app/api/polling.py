@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.formats import JSON
 from app.api.problems import refuse
+from app.api.security import DATA_HEADERS, Security, add_security_headers
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, RateLimited
+from app.core.errors import InvalidParams, ScanwireError
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
@@ -56,43 +57,36 @@ class SnapshotCache:
 
 
 class PlainPolls:
-    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, no preference) ahead of all routing.
+    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, no preference) ahead of all layers.
 
-    It is what clients ask thousands of times a second, and routing would cost more than the answer. Everything else
-    goes on to `app`.
+    It is what clients ask thousands of times a second, and the layers would cost more than the answer. `security`
+    checks it all the same, and gets everything else.
     """
 
-    def __init__(self, app: Starlette) -> None:
-        self.app = app
+    def __init__(self, security: Security, app: Starlette) -> None:
+        self._security = security
+        self._state = app.state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path.startswith(_SCANS) and scope["type"] == "http" and scope["method"] == "GET":
-            service: Service = self.app.state.service
-            scan = service.log.find(path[len(_SCANS) :])
-            if scan is not None and not scope["query_string"]:
-                if_none_match = b""
-                for name, value in scope["headers"]:
-                    if name == b"if-none-match":
-                        if_none_match = value
-                    elif name == b"prefer":
-                        break
-                else:
-                    await self._answer(service, scope, receive, send, scan, if_none_match)
-                    return
-        await self.app(scope, receive, send)
-
-    async def _answer(
-        self, service: Service, scope: Scope, receive: Receive, send: Send, scan: Scan, if_none_match: bytes
-    ) -> None:
-        client = scope["state"]["client"]
-        try:
-            service.limits.charge("read", client)
-        except RateLimited as refusal:
-            await refuse(refusal, scope, receive, send)
+        if not (path.startswith(_SCANS) and scope["type"] == "http" and scope["method"] == "GET"):
+            await self._security(scope, receive, send)
             return
-        status, headers, body = _encode_answer(service, self.app.state.snapshots, client, scan, if_none_match)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        service: Service = self._state.service
+        scan = service.log.find(path[len(_SCANS) :])
+        headers = dict(scope["headers"])
+        if scan is None or scope["query_string"] or b"prefer" in headers:
+            await self._security(scope, receive, send)
+            return
+        try:
+            client = self._security.check(scope)
+            service.limits.charge("read", client)
+        except ScanwireError as refusal:
+            await refuse(refusal, scope, receive, add_security_headers(send))
+            return
+        if_none_match = headers.get(b"if-none-match", b"")
+        status, fields, body = _encode_answer(service, self._state.snapshots, client, scan, if_none_match)
+        await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})
         await send({"type": "http.response.body", "body": body})
 
 

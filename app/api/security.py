@@ -23,20 +23,25 @@ from app.core.settings import Settings, hash_key
 KEY_SUBPROTOCOL = "scanwire.key."
 OPERATIONS = "/v1/operations"
 
-SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
+# On every answer.
+DATA_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
     # Holds for `no-cors` requests alone (an <img> or <script> elsewhere), so it takes nothing from allowed origins.
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+# On what a browser may show as a page or run as a script: text of any kind.
+PAGE_HEADERS: tuple[tuple[bytes, bytes], ...] = (
+    *DATA_HEADERS[:2],
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     ),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
 )
-_SECURITY_NAMES = frozenset(name for name, _ in SECURITY_HEADERS)
 # What a page of another, allowed origin may send and may read.
 CORS_REQUEST_HEADERS = ("Authorization", "X-API-Key", "Idempotency-Key", "Last-Event-ID", "Prefer", "If-None-Match")
 CORS_RESPONSE_HEADERS = ("Location", "ETag", "Retry-After", "RateLimit", "RateLimit-Policy")
@@ -84,7 +89,7 @@ class Security:
     `own_token(method, path)` is True where the endpoint checks a bearer token of its own, such as a producer's: there
     no API key is asked for, and a bearer token that is no API key is passed on.
 
-    Every HTTP response gets SECURITY_HEADERS, except for those it sets itself.
+    Every HTTP response gets DATA_HEADERS, or PAGE_HEADERS if it is text, except for those it sets itself.
     """
 
     def __init__(
@@ -111,22 +116,26 @@ class Security:
             return
         is_http = scope["type"] == "http"
         if is_http:
-            send = _add_security_headers(send)
-        fields = _pick_fields(scope)
-        path = _route_path(scope)
+            send = add_security_headers(send)
         try:
-            self._check_host(path, fields)
-            self._check_origin(scope, path, fields)
-            key = self._check_key(scope, path, fields)
+            client = self.check(scope)
         except ScanwireError as error:
             await refuse(error, scope, receive, send)
             return
-        client = client_key(client_address(scope, self._trusted), key)
         scope["state"] = {**scope.get("state", {}), "client": client}
         if not is_http:
             # An endpoint that echoes subprotocols must not echo the key.
             scope["subprotocols"] = [p for p in scope.get("subprotocols", ()) if not p.startswith(KEY_SUBPROTOCOL)]
         await self.app(scope, receive, send)
+
+    def check(self, scope: Scope) -> str:
+        """The client that a request is charged to. Raises what refuses it."""
+        fields = _pick_fields(scope)
+        path = _route_path(scope)
+        self._check_host(path, fields)
+        self._check_origin(scope, path, fields)
+        key = self._check_key(scope, path, fields)
+        return client_key(client_address(scope, self._trusted), key)
 
     # Host
 
@@ -258,14 +267,18 @@ class BodyLimit:
 
 
 def protect(
-    app: ASGIApp, settings: Settings, own_token: Callable[[str, str], bool] = lambda method, path: False
+    app: ASGIApp,
+    settings: Settings,
+    own_token: Callable[[str, str], bool] = lambda method, path: False,
+    shortcut: Callable[[Security], ASGIApp] = lambda security: security,
 ) -> ASGIApp:
     """`app` behind everything of this module, outermost first: CORS (if any origin is allowed), Security, BodyLimit.
 
-    It goes around the whole Starlette application, so that even its last-resort 500 carries SECURITY_HEADERS. CORS is
+    It goes around the whole Starlette application, so that even its last-resort 500 carries these headers. CORS is
     outermost because a preflight carries no key, and because a page must be able to read why it was refused.
+    `shortcut` may answer some requests itself, once `Security.check` let them through.
     """
-    app = Security(BodyLimit(app, settings.max_body_bytes), settings, own_token)
+    app = shortcut(Security(BodyLimit(app, settings.max_body_bytes), settings, own_token))
     if not settings.allowed_origins:
         return app
     return CORSMiddleware(
@@ -277,15 +290,15 @@ def protect(
     )
 
 
-def _add_security_headers(send: Send) -> Send:
+def add_security_headers(send: Send) -> Send:
+    """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for."""
+
     async def send_secured(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = message.get("headers", ())
-            present = {name for name, _ in headers}
-            if present.isdisjoint(_SECURITY_NAMES):
-                message["headers"] = [*headers, *SECURITY_HEADERS]
-            else:
-                message["headers"] = [*headers, *(field for field in SECURITY_HEADERS if field[0] not in present)]
+            present = dict(headers)
+            added = PAGE_HEADERS if present.get(b"content-type", b"").startswith(b"text/") else DATA_HEADERS
+            message["headers"] = [*headers, *[field for field in added if field[0] not in present]]
         await send(message)
 
     return send_secured

@@ -93,6 +93,13 @@ class Bucket(AsyncLimiter):
     def is_full(self) -> bool:
         return self.reset_s <= FORGIVEN_S
 
+    def describe(self, name: str) -> str:
+        """The item of RateLimit: `"submit";r=1;t=30`, for now."""
+        self._leak()
+        level, rate = self._level, self._rate_per_sec
+        remaining = max(int(self.max_rate - level + FORGIVEN_S * rate), 0)
+        return f'"{name}";r={remaining};t={math.ceil(level / rate - FORGIVEN_S)}'
+
     def _clamp(self, cost: float) -> float:
         if not cost >= 0:
             raise ValueError(f"a cost is zero or more, not {cost!r}")
@@ -212,6 +219,7 @@ class Limits:
         self._refused: Counter[str] = Counter()
         # Header values that do not change are made once.
         self._declared = {name: policy.declared for name, policy in self._policies.items()}
+        self._declared_raw = {name: (b"ratelimit-policy", text.encode()) for name, text in self._declared.items()}
         self._untouched = {name: f'"{name}";r={int(p.burst)};t=0' for name, p in self._policies.items()}
 
     def charge(self, policy: PolicyName, client: str, cost: float = 1) -> None:
@@ -244,15 +252,16 @@ class Limits:
         Form: draft-ietf-httpapi-ratelimit-headers-11. `t` is the seconds until the bucket is full.
         """
         bucket = self._buckets.get((policy, client))
-        if bucket is None:
-            state = self._untouched[policy]
-        else:
-            state = f'"{policy}";r={bucket.remaining};t={math.ceil(bucket.reset_s - FORGIVEN_S)}'
-        return {"RateLimit-Policy": self._declared[policy], "RateLimit": state}
+        return {
+            "RateLimit-Policy": self._declared[policy],
+            "RateLimit": self._untouched[policy] if bucket is None else bucket.describe(policy),
+        }
 
     def raw_headers(self, policy: PolicyName, client: str) -> list[tuple[bytes, bytes]]:
         """The same, as ASGI takes it."""
-        return [(name.lower().encode(), value.encode()) for name, value in self.headers(policy, client).items()]
+        bucket = self._buckets.get((policy, client))
+        state = self._untouched[policy] if bucket is None else bucket.describe(policy)
+        return [self._declared_raw[policy], (b"ratelimit", state.encode())]
 
     def open_stream(self, client: str) -> StreamLease:
         """A place for one more stream, to be closed when the stream ends.
