@@ -57,11 +57,10 @@ class Metrics:
 
     async def measure_loop_lag(self) -> None:
         """Measures for ever how late the event loop is."""
-        loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + LAG_EVERY_S
+            due = time.monotonic() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
-            lag_s = max(0.0, loop.time() - due)
+            lag_s = max(0.0, time.monotonic() - due)
             self._loop_lag.observe(lag_s)
             self._loop_lags.append(lag_s)
 
