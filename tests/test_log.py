@@ -261,6 +261,17 @@ async def test_a_file_that_is_no_journal_is_refused_with_what_to_do(tmp_path: Pa
             pass
 
 
+async def test_a_second_writer_of_the_same_journal_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    async with open_log(tmp_path) as log:
+        with pytest.raises(JournalUnavailable, match="Another Scanwire"):
+            async with open_log(tmp_path):
+                pass
+        log.create(make_scan())
+        await log.append("s_test", QUEUED)
+    async with open_log(tmp_path) as log:
+        assert log.get("s_test").seq == 1
+
+
 async def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "journal.db")
     connection.execute("PRAGMA user_version=99")

@@ -1,5 +1,7 @@
 """The journal in one SQLite file: WAL, one writer thread, group commit."""
 
+import contextlib
+import fcntl
 import logging
 import queue
 import secrets
@@ -9,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import orjson
 
@@ -52,22 +55,26 @@ class SqliteJournal:
         self._left: list[Write] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lock: IO[str] | None = None  # held while the journal is open; the system gives it back at a crash
 
     def open(self, committed: Callable[[Sequence[Write]], None]) -> Kept:
         """Raises JournalUnavailable, with what to do, for a file that is not a journal or cannot be used."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = self._connect()
+        with contextlib.ExitStack() as undo:
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = undo.enter_context(self.path.with_suffix(".lock").open("a"))
+                _take_lock(lock, self.path)
+                connection = undo.enter_context(closing(self._connect()))
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")
                 kept = self._prepare(connection)
-            except BaseException:
-                connection.close()
-                raise
-        except (sqlite3.Error, OSError) as error:
-            raise JournalUnavailable(
-                f"The journal {self.path} cannot be opened: {error}. Check that the directory can be written and that "
-                "the file is a Scanwire journal, or name another directory with SCANWIRE_STATE_DIR."
-            ) from error
+            except (sqlite3.Error, OSError) as error:
+                raise JournalUnavailable(
+                    f"The journal {self.path} cannot be opened: {error}. Check that the directory can be written and "
+                    "that the file is a Scanwire journal, or name another directory with SCANWIRE_STATE_DIR."
+                ) from error
+            self._lock = lock
+            undo.pop_all()
         self._thread = threading.Thread(
             target=self._write_all, args=(connection, committed), name="journal", daemon=True
         )
@@ -75,10 +82,7 @@ class SqliteJournal:
         return kept
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        return connection
+        return sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False)
 
     def _prepare(self, connection: sqlite3.Connection) -> Kept:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -178,7 +182,20 @@ class SqliteJournal:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+            if self._lock is not None:
+                self._lock.close()
         return self._left
+
+
+def _take_lock(lock: IO[str], path: Path) -> None:
+    """One process writes a journal: two would give the same numbers to different events."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalUnavailable(
+            f"Another Scanwire is running on {path.parent}. Stop it first, or name another directory with "
+            "SCANWIRE_STATE_DIR."
+        ) from None
 
 
 def _put(connection: sqlite3.Connection, write: Write) -> None:
