@@ -97,10 +97,11 @@ async def get_page(request: Request) -> Response:
 async def _run_service(app: Starlette) -> AsyncIterator[None]:
     """Everything that lives as long as the service. Stopped in the opposite order: work first, the journal last."""
     settings: Settings = app.state.settings
-    metrics = Metrics()
+    now_ms = make_clock_ms()
+    metrics = Metrics(now_ms)
     log = EventLog(
         SqliteJournal(settings.state_dir / "journal.db"),
-        now_ms=make_clock_ms(),
+        now_ms=now_ms,
         memory_bytes=settings.log_memory_bytes,
     )
     await log.open()

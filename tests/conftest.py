@@ -55,7 +55,7 @@ def synthetic_prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trial_scanners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Scanners that misbehave, installed the way a third party's are."""
     site = tmp_path_factory.mktemp("site")

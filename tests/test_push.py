@@ -128,9 +128,10 @@ async def test_a_cursor_from_before_what_is_kept_is_told_so(tmp_path: Path) -> N
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", *WHOLE)
         await log.trim("s_a")
-        events = await collect(Hub(log), "s_a", cursor=Cursor(log.epoch, 2))
-        assert [event.type for event in events] == [EventType.RESET, EventType.END]
-        assert events[0].load_data()["reason"] == "trimmed"
+        for cursor in (None, Cursor(log.epoch, 2)):
+            events = await collect(Hub(log), "s_a", cursor=cursor)
+            assert [event.type for event in events] == [EventType.RESET, EventType.END]
+            assert events[0].load_data()["reason"] == "trimmed"
         assert await collect(Hub(log), "s_a", cursor=Cursor(log.epoch, 5)) == []
 
 

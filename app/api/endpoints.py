@@ -284,7 +284,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             path="/v1/performance",
             handler=operations.get_performance,
             summary="How fast the service is just now",
-            answers={200: Answer(text="Measured lately.", content={JSON: models.Performance}, headers=LIMITED)},
+            answers={200: Answer(text="Measured lately.", content={JSON: operations.Performance}, headers=LIMITED)},
             refusals=(RateLimited,),
         ),
         Endpoint(
@@ -293,7 +293,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             handler=operations.get_operations,
             summary="All counts, and what is active",
             text="Needs an operator key; where none is configured, it is open to the server's own machine.",
-            answers={200: Answer(text="As of now.", content={JSON: models.Operations})},
+            answers={200: Answer(text="As of now.", content={JSON: operations.Operations})},
             refusals=(Forbidden,),
             needs_operator=True,
         ),
@@ -302,7 +302,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             path="/healthz",
             handler=operations.get_health,
             summary="Does the process live?",
-            answers={200: Answer(text="It does.", content={JSON: models.Health})},
+            answers={200: Answer(text="It does.", content={JSON: operations.Health})},
             is_probe=True,
         ),
         Endpoint(
@@ -311,8 +311,8 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             handler=operations.get_ready,
             summary="Can new scans be taken?",
             answers={
-                200: Answer(text="They can.", content={JSON: models.Ready}),
-                503: Answer(text="They cannot; `checks` says why.", content={JSON: models.Ready}),
+                200: Answer(text="They can.", content={JSON: operations.Ready}),
+                503: Answer(text="They cannot; `checks` says why.", content={JSON: operations.Ready}),
             },
             is_probe=True,
         ),

@@ -2,19 +2,124 @@
 
 import asyncio
 import os
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
 from app.api.formats import JSON
+from app.api.models import Count, ScanId, Wire
 from app.api.service import Service, get_client, get_service
 from app.core.errors import ScanwireError
+from app.core.scan import State
 from app.engine.worker import warm_up
 
 READY_WITHIN_S = 5.0
+
+# What the answers look like; /openapi.json is made of it.
+
+
+class Health(Wire):
+    status: Literal["ok"]
+
+
+class Checks(Wire):
+    """`ok`, or what is wrong."""
+
+    journal: str
+    workers: str
+    draining: str
+
+
+class Ready(Wire):
+    status: Literal["ready", "not ready"]
+    checks: Checks
+
+
+class Quantiles(Wire):
+    p50: float | None
+    p99: float | None
+    max: float | None
+
+
+class Performance(Wire):
+    version: str
+    cpu_cores: int | None
+    workers: int
+    running: Count
+    max_running: int
+    queued: Count
+    max_queued: int
+    rows_per_s: Annotated[float | None, Field(description="price rows, over the latest scans")]
+    subscribers: Annotated[dict[str, int], Field(description="by transport")]
+    loop_lag_ms: Quantiles
+    push_lag_ms: Quantiles
+
+
+class PricesStatus(Wire):
+    data_version: str
+    source: str
+    is_synthetic: bool
+    symbols: int
+    rows: int
+
+
+class LogStatus(Wire):
+    scans: Count
+    events_appended: Count
+    memory_bytes: Count
+    fault: str | None
+
+
+class RunnerStatus(Wire):
+    running: Count
+    queued: Count
+    slots: Count
+    workers_busy: Count
+    worker_crashes: Count
+
+
+class HubStatus(Wire):
+    subscribers: dict[str, int]
+    channels: Count
+    flushes: Count
+
+
+class SessionsStatus(Wire):
+    sessions: Count
+    streams: Count
+
+
+class LimitsStatus(Wire):
+    buckets: Count
+    streams: Count
+    refused: Annotated[dict[str, int], Field(description="since the start, by limit")]
+
+
+class ActiveScan(Wire):
+    id: ScanId
+    scanner: str
+    state: State
+    client: str
+
+
+class Operations(Wire):
+    version: str
+    epoch: str
+    prices: PricesStatus
+    log: LogStatus
+    runner: RunnerStatus
+    hub: HubStatus
+    sessions: SessionsStatus
+    limits: LimitsStatus
+    reaped: Annotated[dict[str, int], Field(description="since the start, by kind")]
+    active: list[ActiveScan]
+
+
+ANSWERS: tuple[type[BaseModel], ...] = (Health, Ready, Performance, Operations)
 
 
 def _answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

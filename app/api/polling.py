@@ -57,7 +57,7 @@ class SnapshotCache:
 
 
 class PlainPolls:
-    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, no preference) ahead of all layers.
+    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor) ahead of all layers.
 
     It is what clients ask thousands of times a second, and the layers would cost more than the answer. `security`
     checks it all the same, and gets everything else.
@@ -75,7 +75,7 @@ class PlainPolls:
         service: Service = self._state.service
         scan = service.log.find(path[len(_SCANS) :])
         headers = dict(scope["headers"])
-        if scan is None or scope["query_string"] or b"prefer" in headers:
+        if scan is None or scope["query_string"] or b"prefer" in headers or b"last-event-id" in headers:
             await self._security(scope, receive, send)
             return
         try:
@@ -118,13 +118,12 @@ def read_wait_s(request: Request, service: Service) -> float:
 def read_cursor(request: Request) -> Cursor | None:
     """From `Last-Event-ID`, else from `?after=`. Raises InvalidCursor."""
     # A browser that reconnects sends the header, and the address it was opened with, which is older.
-    for field, text in (
+    given = (
         ("Last-Event-ID", request.headers.get("last-event-id")),
         ("after", request.query_params.get("after")),
-    ):
-        if text:
-            return Cursor.parse(text, field)
-    return None
+    )
+    cursors = [Cursor.parse(text, field) for field, text in given if text]
+    return cursors[0] if cursors else None
 
 
 def hint_next(service: Service, client: str, scan: Scan) -> float | None:

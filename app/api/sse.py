@@ -24,16 +24,19 @@ async def get_scan_events(request: Request) -> ASGIApp:
 
 async def get_events(request: Request) -> ASGIApp:
     """GET /v1/events?scan=A&scan=B"""
-    return await _answer(request, list(dict.fromkeys(request.query_params.getlist("scan"))))
+    return await _answer(request, request.query_params.getlist("scan"))
 
 
 async def _answer(request: Request, scan_ids: Sequence[str]) -> ASGIApp:
     service, client = get_service(request), get_client(request)
     format_ = choose_format(request.headers.get("accept"), (JSON, SSE, NDJSON))
     require_known(service, scan_ids)
+    scan_ids = list(dict.fromkeys(scan_ids))
     cursor = read_cursor(request)
     if format_ == JSON:
         return await get_events_page(request, scan_ids, cursor)
+    if request.method == "HEAD":
+        return Response(media_type=format_)
     try:
         service.limits.charge("connect", client)
         if _is_caught_up(service, scan_ids, cursor):
@@ -94,7 +97,7 @@ async def _write(
     async with contextlib.aclosing(subscriber.batches(heartbeat_s=service.settings.heartbeat_s)) as batches:
         async for batch in batches:
             yield b"".join(map(frame, batch)) or heartbeat
-            service.metrics.note_pushed(subscriber.transport, batch)
+            service.metrics.note_pushed(subscriber, batch)
 
 
 def _make_throttled(service: Service, refusal: ScanwireError) -> Response:

@@ -90,7 +90,7 @@ class _Connection:
                     if event.type is EventType.BYE:
                         await self._websocket.close(1001, "going away")
                         return
-                self._service.metrics.note_pushed("websocket", batch)
+                self._service.metrics.note_pushed(self._subscriber, batch)
 
     async def _send(self, text: str) -> None:
         try:

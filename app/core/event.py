@@ -10,7 +10,7 @@ import orjson
 
 from app.core.errors import InvalidCursor
 
-_CURSOR = re.compile(r"([a-z0-9]{4,16})-(0|[1-9][0-9]{0,17})", re.ASCII)
+CURSOR_PATTERN = re.compile(r"([a-z0-9]{4,16})-(0|[1-9][0-9]{0,17})", re.ASCII)
 
 
 class EventType(StrEnum):
@@ -45,7 +45,7 @@ class Cursor:
     @classmethod
     def parse(cls, text: str, field: str = "after") -> Self:
         """Raises InvalidCursor, naming the field that held the text."""
-        match = _CURSOR.fullmatch(text)
+        match = CURSOR_PATTERN.fullmatch(text)
         if match is None:
             raise InvalidCursor(
                 f"{field}: {text[:40]!r} is not a cursor. Send one that this service gave you, such as 'k3f9-1042', "

@@ -40,7 +40,7 @@ MAX_KEY_CHARS = 255
 class Submission(BaseModel):
     """A scan as a client asks for it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     scanner: Annotated[str, Field(max_length=100, description="name of a scanner, see GET /v1/scanners")]
     params: Annotated[dict[str, Any], Field(description="parameters of the scanner; every one has a default")] = {}

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -19,6 +19,7 @@ from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.push.hub import Hub
+from app.push.subscriber import Subscriber
 
 LAG_EVERY_S = 0.02
 _KEPT = 2048  # of the latest lags, for quantiles
@@ -28,7 +29,8 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 class Metrics:
     """Counters and histograms that are written where things happen; all else is read when it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_ms: Callable[[], int]) -> None:
+        self._now_ms = now_ms
         self.registry = CollectorRegistry()
         self._push_lag = Histogram(
             "scanwire_push_lag_seconds",
@@ -47,11 +49,12 @@ class Metrics:
         self._loop_lags: deque[float] = deque(maxlen=_KEPT)
         ProcessCollector(registry=self.registry)
 
-    def note_pushed(self, transport: str, batch: Sequence[Event]) -> None:
-        """These events were handed to a subscriber's transport just now."""
-        self.pushed[transport] += len(batch)
-        if batch and batch[-1].n is not None:
-            lag_s = max(0.0, time.time() - batch[-1].ts / 1000)
+    def note_pushed(self, subscriber: Subscriber, batch: Sequence[Event]) -> None:
+        """These events were handed to this subscriber's transport just now."""
+        self.pushed[subscriber.transport] += len(batch)
+        # What happened before it came is history, and says nothing about how fast events are pushed.
+        if batch and batch[-1].n is not None and batch[-1].ts >= subscriber.since_ms:
+            lag_s = max(0.0, (self._now_ms() - batch[-1].ts) / 1000)
             self._push_lag.observe(lag_s)
             self._push_lags.append(lag_s)
 

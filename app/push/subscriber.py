@@ -31,6 +31,7 @@ class Subscriber:
 
     def __init__(self, log: EventLog, transport: str) -> None:
         self.transport = transport
+        self.since_ms = log.now_ms()
         self.watches: dict[str, _Watch] = {}
         self._log = log
         self._awake = asyncio.Event()
@@ -43,7 +44,7 @@ class Subscriber:
         """
         scan = self._log.get(scan_id)
         if cursor is None:
-            self.watches[scan_id] = _Watch(0, None)
+            self.watches[scan_id] = _Watch(0, "trimmed" if scan.is_trimmed else None)
         elif cursor.epoch != self._log.epoch:
             self.watches[scan_id] = _Watch(0, "epoch")
         elif cursor.n > self._log.shown_n:
@@ -72,7 +73,9 @@ class Subscriber:
                 return False
         return True
 
-    async def batches(self, *, heartbeat_s: float | None = None, ends: bool = True) -> AsyncGenerator[list[Event], None]:
+    async def batches(
+        self, *, heartbeat_s: float | None = None, ends: bool = True
+    ) -> AsyncGenerator[list[Event], None]:
         """Everything from the cursors on, oldest first.
 
         An empty batch means that `heartbeat_s` passed without an event. With `ends` it stops when all watched scans

@@ -21,23 +21,28 @@ def _read_number(value: object) -> object:
     return value + 0.0 if isinstance(value, float) else value  # -0.0 becomes 0.0
 
 
+def _read_count(value: object) -> object:
+    value = _read_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 5.0 is an integer in JSON Schema
+
+
 def _read_date(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value):
-        return value
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value, re.ASCII):
+        return date.fromisoformat(value)
     if value is None or type(value) is date:
         return value
     raise ValueError("must be a date written as YYYY-MM-DD")
 
 
 Number = Annotated[float, BeforeValidator(_read_number)]
-Count = Annotated[int, BeforeValidator(_read_number)]
+Count = Annotated[int, BeforeValidator(_read_count)]
 Day = Annotated[date, BeforeValidator(_read_date)]
 
 
 class MarketParams(BaseModel):
     """What every market scanner takes. Days, symbols and `where` choose among matches; history is never cut."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     # Named sets of values; what is given beside `preset` overrides them.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
