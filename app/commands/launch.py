@@ -1,0 +1,195 @@
+"""`scanwire serve`: runs the server in this process, on a socket of its own, and says why when it cannot start."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import textwrap
+from collections.abc import Awaitable, Callable
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.service import Service
+from app.application import create_app
+from app.commands.environment import CommandFailed, read_settings
+from app.core.errors import ScanwireError
+from app.core.settings import Settings
+from app.market.store import Store
+from app.observe.logs import configure_logging
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+logger = logging.getLogger(__name__)
+
+
+def run_server(host: str, port: int, prices: str | None, state_dir: str | None) -> None:
+    """Serves until SIGINT or SIGTERM. Raises CommandFailed."""
+    settings = read_settings(prices=prices, state_dir=state_dir)
+    listener = open_socket(host, port)
+    configure_logging(settings.log_format)
+
+    async def announce(launch: Launch) -> int:
+        store = launch.service.store
+        if settings.log_format == "json":
+            fields = {"url": launch.url, "prices": store.source, "is_synthetic": store.is_synthetic}
+            logger.info("serving", extra={"action": "serving", **fields})
+            return 0
+        say(f"Scanwire serves on {launch.url} (Ctrl-C stops it)")
+        say(f"Prices: {describe_store(store)}")
+        if host not in LOOPBACK and "*" not in settings.allowed_hosts:
+            say(f"Requests are answered for these host names: {', '.join(settings.allowed_hosts)}")
+            say("Name others with SCANWIRE_ALLOWED_HOSTS.")
+        return 0
+
+    Launch(settings, listener).run(announce)
+
+
+def describe_store(store: Store) -> str:
+    """What prices these are and where they come from; invented ones are marked."""
+    mark = "SYNTHETIC, not real prices: " if store.is_synthetic else ""
+    count = len(store.symbols)
+    span = f"{store.rows:,} rows, {store.first} to {store.last}"
+    source = textwrap.fill(store.source, 79, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return f"{mark}{count:,} symbol{'s' * (count != 1)}, {span}\n{source}"
+
+
+def say(text: str) -> None:
+    """To whoever started the server, at once even through a pipe."""
+    print(text, flush=True)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises CommandFailed, which says what to do when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            detail = f"Port {port} of {host} is taken. Choose another with --port, such as --port {port + 1}."
+        elif isinstance(error, PermissionError):
+            detail = f"Port {port} may not be opened by this user. Choose one above 1023 with --port."
+        else:
+            code = getattr(error, "errno", None) or 0
+            reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or str(error)
+            detail = f"Nothing can be served on {host} port {port}: {reason}."
+        raise CommandFailed(detail) from None
+
+
+class Launch:
+    """One run of the server on an open socket."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._listener = listener
+        self._gate = _Gate(create_app(settings))
+        # A start that fails is told by CommandFailed, and better.
+        logging.getLogger("uvicorn.error").addFilter(lambda record: "startup failed" not in record.msg)
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._config = uvicorn.Config(
+            self._gate,
+            ws="websockets-sansio",
+            ws_per_message_deflate=False,
+            ws_max_size=settings.max_message_bytes,
+            # Forwarded addresses are judged by app.api.security, which must see the true peer.
+            proxy_headers=False,
+            server_header=False,
+            access_log=False,
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=int(settings.drain_s) + 1,
+        )
+
+    def run(self, work: Callable[["Launch"], Awaitable[int]]) -> int:
+        """Serves until SIGINT or SIGTERM, or until `work` raises; gives the exit code of `work`.
+
+        `work` runs beside the server in the same event loop, and is cancelled when the server stops. Raises
+        CommandFailed.
+        """
+        # The server takes the signals while it runs and hands them on when it is done; an orderly stop is no error.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        with asyncio.Runner(loop_factory=self._config.get_loop_factory()) as runner:
+            return runner.run(self._serve(work))
+
+    async def _serve(self, work: Callable[["Launch"], Awaitable[int]]) -> int:
+        server = uvicorn.Server(self._config)
+        serving = asyncio.create_task(_run_quietly(server, self._listener))
+        started = asyncio.create_task(self._gate.started.wait())
+        await asyncio.wait({serving, started}, return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        working = asyncio.ensure_future(work(self)) if self._gate.service is not None else None
+        if working is not None:
+            await asyncio.wait({serving, working}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done() and working.exception() is not None:
+                server.should_exit = True
+            if not working.done():
+                working.cancel()
+        await serving
+        if working is None:
+            if self._gate.failure is None:
+                return 0  # stopped before it had started
+            raise CommandFailed(_explain(self._gate.failure)) from None
+        results = await asyncio.gather(working, return_exceptions=True)
+        result = results[0]
+        if isinstance(result, asyncio.CancelledError):
+            return 0
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    @property
+    def service(self) -> Service:
+        """The parts of the running service; there is one while `work` runs."""
+        assert self._gate.service is not None
+        return self._gate.service
+
+
+async def _run_quietly(server: uvicorn.Server, listener: socket.socket) -> None:
+    # A server whose start failed ends the process; here the process has something to say first.
+    with contextlib.suppress(SystemExit):
+        await server.serve([listener])
+
+
+class _Gate:
+    """Stands before the application and keeps what its start came to."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.started = asyncio.Event()
+        self.service: Service | None = None
+        self.failure: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.service = scope["app"].state.service
+                self.started.set()
+            elif message["type"] == "lifespan.startup.failed":
+                message = {"type": message["type"], "message": ""}  # else a stack trace is shown
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tell)
+        except Exception as error:
+            if self.service is not None:
+                raise
+            self.failure = error
+
+
+def _explain(failure: BaseException) -> str:
+    """Why the start failed, for people; what nobody expected is logged with its traceback."""
+    cause = failure
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, ScanwireError):
+        return cause.detail
+    logger.error("the start failed", exc_info=failure, extra={"action": "start_failed"})
+    return f"Scanwire could not start ({type(cause).__name__}: {cause}). The log above says more."
