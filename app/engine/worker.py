@@ -62,8 +62,7 @@ class ChunkPrices:
     """The prices of one chunk, as scanners see them (`app.scanners.registry.Prices`)."""
 
     def __init__(self, frame: pl.DataFrame, days: Sequence[pl.Expr] = ()) -> None:
-        self.frame = frame
-        self.judged = frame  # the rows of the symbols that could match: POSITION counts in them
+        self.frame = frame  # gains columns, never loses rows: POSITION counts in it
         self._days = days  # the days that matches may be on
 
     def with_features(self, names: Iterable[str]) -> pl.DataFrame:
@@ -72,14 +71,15 @@ class ChunkPrices:
 
     def matching(self, rules: Sequence[pl.Expr], measures: Mapping[str, pl.Expr] | None = None) -> pl.DataFrame:
         measures = measures or {}
+        every = [*rules, *measures.values()]
+        costly = [expr for expr in every if is_costly(expr)]
         cheap = [rule for rule in rules if not is_costly(rule)]
-        frame = self.with_features(["#symbol", *_names(cheap)])
-        if len(cheap) < len(rules):  # only symbols on which all else holds are worth the costly rules
-            left = frame.filter(*cheap, *self._days)["#symbol"].unique()
-            frame = frame.filter(col("#symbol").is_in(left.implode()))
-        self.judged = add_features(frame, _names([*rules, *measures.values()]))
-        found = self.judged.lazy().with_row_index(POSITION).filter(*rules, *self._days)
-        return found.select(POSITION, "symbol", "date", **measures).collect(engine="in-memory")
+        frame = self.with_features(_names(cheap if costly else every)).with_row_index(POSITION)
+        if costly:  # only the symbols on which all else holds are worth it
+            left = frame.filter(*cheap, *self._days)["symbol"].unique()
+            frame = add_features(frame.filter(col("symbol").is_in(left.implode())), _names(every))
+        found = frame.lazy().filter(*rules, *self._days).select(POSITION, "symbol", "date", **measures)
+        return found.collect(engine="in-memory")
 
 
 def _names(exprs: Iterable[pl.Expr]) -> list[str]:
@@ -120,7 +120,7 @@ def run_chunk(job: ChunkJob) -> ChunkResult:
         rows = find_rows(scanner, params, frame)
     except ScanwireError:
         raise
-    except Exception as error:
+    except (Exception, pl.exceptions.PanicException) as error:
         raise ScannerError(
             f"The scanner {scanner.name} failed with {type(error).__name__} on this chunk of prices. "
             "Other scanners are not affected."
@@ -157,10 +157,10 @@ def _complete(scanner: Scanner, prices: ChunkPrices, found: pl.DataFrame, where:
     """The matches that `where` lets through, with the columns that every match has, sorted by symbol and date."""
     common = [name for name in COMMON_COLUMNS if name != "setup"]
     names = [*common, *(_names([where]) if where is not None else ())]
-    few = add_features_at(prices.judged, _is_found(prices.judged, found), [name for name in names if is_known(name)])
+    few = add_features_at(prices.frame, _is_found(prices.frame, found), [name for name in names if is_known(name)])
     if where is not None:
         few = few.filter(where)
-    own = found.select("symbol", "date", pl.exclude(POSITION, *COMMON_COLUMNS))
+    own = found.select("symbol", "date", pl.exclude(POSITION, *COMMON_COLUMNS)).unique(["symbol", "date"], keep="first")
     return (
         few.lazy()
         .select(col("symbol", "date"), pl.lit(scanner.name).alias("setup"), col(common[2:]))
@@ -183,7 +183,7 @@ def _to_json(frame: pl.DataFrame) -> list[dict[str, Any]]:
     return (
         frame.with_columns(
             col("date").dt.to_string("iso"),
-            pl.selectors.by_name("volume", "d1_volume", require_all=False).round().cast(pl.Int64),
+            col("volume").round().cast(pl.Int64),
         )
         .with_columns(pl.when(floats.is_finite()).then(floats.round(DECIMALS)).name.keep())
         .to_dicts()

@@ -143,8 +143,9 @@ def _score() -> pl.Expr:
         .then(15 + is_expanding * 2.5 + (is_expanding & is_gapped) * 2.5)
         .otherwise(10 + ((up1 | up2) & is_expanding & is_gapped) * 2.5)
     )
-    # "The same a day earlier" is the gap of D-1 in the ATR of D-1; on the first row that has an ATR there is none.
-    gapped_twice = is_gapped & (col("open_gap_atr", 2) >= 0.3).fill_null(False)
+    # "The same a day earlier" is the gap of D-2 in yesterday's ATR; on the first row that has an ATR there is none.
+    earlier = _per(col("open", 2) - col("close", 3), col("atr", 1))
+    gapped_twice = is_gapped & (earlier >= 0.3).fill_null(False)
     total = (
         _points((col("high", 1) - col("open", 1)) / atr, (0.5, 12), (1, 15), (2, 18), (3, 20))
         + _points((col("high", 1) - col("ema9", 1)) / atr, (1, 15), (2, 20), (3, 25), (4, 30))

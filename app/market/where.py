@@ -158,9 +158,11 @@ def _check_function(function: Any) -> None:
 
 
 def _not_allowed(what: Any) -> InvalidParams:
-    name = what if isinstance(what, str) else next(iter(what), "this") if isinstance(what, dict) else "this"
+    if isinstance(what, dict):
+        what = next(iter(what), None)
+    name = _IN_WORDS.get(what, what[:40]) if isinstance(what, str) else "something"
     return _refuse(
-        f"uses {_IN_WORDS.get(str(name), str(name)[:40])}, which is not allowed: a condition may compare and combine the values of one row, "
+        f"uses {name}, which is not allowed: a condition may compare and combine the values of one row, "
         "without aggregates, windows, casts or sub-queries"
     )
 

@@ -92,7 +92,7 @@ def find_backside_b(prices: Prices, params: BacksideParams) -> pl.DataFrame:
             "trigger": pl.when(mold(params, 1)).then(pl.lit("D-1")).otherwise(pl.lit("D-2")),
             "pos_abs": pos_abs,
             "d1_body_atr": col("body_atr", 1),
-            "d1_volume": col("volume", 1),
+            "d1_volume": col("volume", 1).round().cast(pl.Int64),
             "d1_vol_ratio": col("vol_ratio", 1),
             "open_over_ema9": col("open_over_ema9"),
         },

@@ -104,7 +104,7 @@ def find_momentum_breakout(prices: Prices, params: BreakoutParams) -> pl.DataFra
     ]
     if params.require_open_above_ema9:
         rules.append(col("open") > col("ema9"))
-    names = ("slope5", "slope15", "high_over_ema9_atr", "range_atr", "vol_ratio", "close_range")
+    names = ("slope5", "slope15", "high_over_ema9_atr", "vol_ratio", "close_range", "range_atr")
     return prices.matching(rules, {name: col(name) for name in names})
 
 
@@ -147,7 +147,7 @@ def find_volume_surge(prices: Prices, params: SurgeParams) -> pl.DataFrame:
             col("vol_ratio").is_between(params.vol_ratio_min, params.vol_ratio_max),
             col("close_range") >= params.close_range_min,
         ],
-        {name: col(name) for name in ("change_pct", "range_atr", "vol_ratio", "close_range")},
+        {name: col(name) for name in ("change_pct", "vol_ratio", "close_range", "range_atr")},
     )
 
 
