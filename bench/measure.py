@@ -52,12 +52,25 @@ def read_memory_mb(pid: int, field: str) -> float:
 
 @contextlib.contextmanager
 def serve(
-    target: str, *, env: Mapping[str, str] = {}, cpus: set[int] | None = None, factory: bool = False, path: str = "/healthz"
+    target: str,
+    *,
+    env: Mapping[str, str] = {},
+    cpus: set[int] | None = None,
+    factory: bool = False,
+    path: str = "/healthz",
 ) -> Iterator[Server]:
     """Runs `target` (module:app) under uvicorn on a free loopback port until the block is left."""
     port = find_port()
     command = [sys.executable, "-m", "uvicorn", target, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--log-level", "warning", "--no-access-log", "--no-server-header", "--no-proxy-headers", "--timeout-graceful-shutdown", "2"]
+    command += [
+        "--log-level",
+        "warning",
+        "--no-access-log",
+        "--no-server-header",
+        "--no-proxy-headers",
+        "--timeout-graceful-shutdown",
+        "2",
+    ]
     if factory:
         command.append("--factory")
     process = subprocess.Popen(

@@ -89,7 +89,9 @@ def main() -> None:
 
     with (
         tempfile.TemporaryDirectory() as state,
-        serve("app.application:create_app", factory=True, cpus=first, env=GENEROUS | {"SCANWIRE_STATE_DIR": state}) as own,
+        serve(
+            "app.application:create_app", factory=True, cpus=first, env=GENEROUS | {"SCANWIRE_STATE_DIR": state}
+        ) as own,
         serve("bench.peers.fastapi_slowapi:app", cpus=first) as peer,
     ):
         scan_id = fetch(own.port, "/v1/scans", "POST", {"scanner": "gap-up", "params": {"preset": "relaxed"}})[0]["id"]
@@ -108,9 +110,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, server, extra, expected in works:
                 before = server.cpu_s()
-                counts = uvloop.run(
-                    load(server.port, path, extra, expected, options.connections, options.seconds)
-                )
+                counts = uvloop.run(load(server.port, path, extra, expected, options.connections, options.seconds))
                 if counts["wrong"] or not counts["answered"]:
                     raise SystemExit(f"{name}: {counts}")
                 # The half second of warm-up is in the CPU time too.

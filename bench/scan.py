@@ -67,9 +67,8 @@ def run_scan(server: Server) -> Run:
         elif event["type"] == "matches":
             first = first or time.perf_counter() - started
             rows += event["data"]["rows"]
-        elif event["type"] == "end":
-            if event["data"]["state"] != "completed" or event["data"]["matches"] != len(rows):
-                raise SystemExit(f"the scan went wrong: {event['data']}")
+        elif event["type"] == "end" and (event["data"]["state"], event["data"]["matches"]) != ("completed", len(rows)):
+            raise SystemExit(f"the scan went wrong: {event['data']}")
     return Run(time.perf_counter() - started, first or float("nan"), rows, total)
 
 
@@ -97,7 +96,9 @@ def run_pandas(prices: Path, symbols: int, found: list[dict[str, Any]]) -> float
 
 def _is_same(one: dict[Any, Any], other: dict[str, Any]) -> bool:
     return all(
-        math.isclose(value, other[name], rel_tol=1e-5, abs_tol=1e-5) if isinstance(value, float) else value == other[name]
+        math.isclose(value, other[name], rel_tol=1e-5, abs_tol=1e-5)
+        if isinstance(value, float)
+        else value == other[name]
         for name, value in one.items()
     )
 

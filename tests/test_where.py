@@ -132,13 +132,14 @@ def test_no_text_crashes_the_reader(text: str) -> None:
     never_crashes(text)
 
 
-WORDS = [
-    *["close", "volume", "symbol", "date", "atr", "gap_pct", "vol_ratio", "parabolic_score", "pos_abs", "close[1]", "close[", "]", "1", "2.5", "-3", "1e308", "'A'", "'%'", "''"],
-    *["'2012-01-01'", "DATE", "true", "false", "NULL", ">", "<", ">=", "<=", "=", "<>", "+", "-", "*", "/", "%", "||", "(", ")", ",", "[", "]", ";", ":", ".", "AND", "OR", "NOT", "IN", "IS", "LIKE", "~"],
-    *["BETWEEN", "CASE", "WHEN", "THEN", "ELSE", "END", "EXISTS", "SELECT", "FROM", "self", "OVER", "PARTITION", "BY", "ANY", "ALL", "INTERVAL", "'1", "day'", "::"],
-    *["abs(", "round(", "pow(", "exp(", "ln(", "sqrt(", "year(", "upper(", "length(", "coalesce(", "greatest(", "least(", "nullif(", "sum(", "first(", "lag(", "if(", "sign("],
-    *["cast(", "concat(", "substr(", "left(", "strpos(", "mod(", "log(", "degrees(", "cbrt(", "atan2(", "date_part(", "replace(", "split_part(", "array["],
-]
+WORDS = """
+    close volume symbol date atr gap_pct vol_ratio parabolic_score pos_abs close[1] close[ ] 1 2.5 -3
+    1e308 'A' '%' '' '2012-01-01' DATE true false NULL > < >= <= = <> + - * / % || ( ) , [ ] ; : . AND OR
+    NOT IN IS LIKE ~ BETWEEN CASE WHEN THEN ELSE END EXISTS SELECT FROM self OVER PARTITION BY ANY ALL
+    INTERVAL '1 day' :: abs( round( pow( exp( ln( sqrt( year( upper( length( coalesce( greatest( least(
+    nullif( sum( first( lag( if( sign( cast( concat( substr( left( strpos( mod( log( degrees( cbrt(
+    atan2( date_part( replace( split_part( array[
+""".split()
 
 
 @settings(max_examples=1500, deadline=None)

@@ -43,7 +43,7 @@ class Status(BaseModel):
 limiter = Limiter(key_func=get_remote_address, headers_enabled=True)
 app = FastAPI()
 app.state.limiter = limiter
-app.add_exception_handler(RateLimitExceeded, _rate_limit_exceeded_handler)  # type: ignore[arg-type]
+app.add_exception_handler(RateLimitExceeded, _rate_limit_exceeded_handler)
 scans: dict[str, dict[str, Any]] = {}
 
 
@@ -58,7 +58,7 @@ async def put_scan(scan_id: str, status: Status) -> None:
 
 
 @app.get("/v1/scans/{scan_id}", response_model=Status)
-@limiter.limit("1000000/second")
+@limiter.limit("1000000/second")  # type: ignore[untyped-decorator,unused-ignore]
 async def get_scan(request: Request, response: Response, scan_id: str) -> dict[str, Any]:
     if scan_id not in scans:
         raise HTTPException(404, "Scan not found")

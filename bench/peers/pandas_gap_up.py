@@ -59,7 +59,12 @@ def score(frame: pd.DataFrame) -> pd.Series:
         np.select([stretch >= 3, stretch >= 2, stretch >= 1, stretch >= 0.5], [20.0, 18.0, 15.0, 12.0], 0.0)
         + np.select([above >= 4, above >= 3, above >= 2, above >= 1], [30.0, 25.0, 20.0, 15.0], 0.0)
         + np.select(
-            [(streak == 2) & expands & (gap >= 0.3), (streak == 2) & expands, streak == 2, (streak == 1) & expands & (gap >= 0.3)],
+            [
+                (streak == 2) & expands & (gap >= 0.3),
+                (streak == 2) & expands,
+                streak == 2,
+                (streak == 1) & expands & (gap >= 0.3),
+            ],
             [20.0, 17.5, 15.0, 12.5],
             10.0,
         )
