@@ -58,7 +58,7 @@ async def put_scan(scan_id: str, status: Status) -> None:
 
 
 @app.get("/v1/scans/{scan_id}", response_model=Status)
-@limiter.limit("1000000/second")  # type: ignore[untyped-decorator,unused-ignore]
+@limiter.limit("1000000/second")
 async def get_scan(request: Request, response: Response, scan_id: str) -> dict[str, Any]:
     if scan_id not in scans:
         raise HTTPException(404, "Scan not found")
