@@ -136,11 +136,11 @@ async def _run_service(app: Starlette) -> AsyncIterator[None]:
                 admission.is_draining = True
                 hub.drain(int(settings.drain_s * 1000))
 
+            # What was loaded to start lives as long as the service: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
             timers = [asyncio.create_task(reaper.run()), asyncio.create_task(metrics.measure_loop_lag())]
             try:
-                # What was loaded to start lives as long as the service: the collector need not look at it again.
-                gc.collect()
-                gc.freeze()
                 with _on_stop_signal(drain):
                     logger.info("ready", extra={"action": "ready"})
                     yield

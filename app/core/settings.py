@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     max_active_per_client: int = Field(8, ge=1, description="scans of one client that may be queued or running")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 2, ge=1, le=256, description="worker processes")
     scan_deadline_s: float = Field(300, gt=0, description="a scan that runs longer is failed")
-    chunk_rows: int = Field(100_000, ge=1, description="price rows in one chunk, about")
+    chunk_rows: int = Field(200_000, ge=1, description="price rows in one chunk, about")
     reuse_s: float = Field(300, ge=0, description="a finished scan answers the same request this long")
     max_skipped: int = Field(1000, ge=0, description="symbols with skipped rows named in the end of a scan")
     max_matches: int = Field(100_000, ge=1, description="match rows kept for one scan; more are counted, not kept")

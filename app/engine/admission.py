@@ -6,6 +6,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import orjson
@@ -31,6 +32,7 @@ from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog
 from app.market.store import Chunk, Plan, Store, plan_chunks
+from app.scanners.registry import list_scanners
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class Admission:
         self._sessions = sessions
         self._store = store
         self._clock = clock
+        # Most scans are over all symbols; with thousands of these, planning takes milliseconds.
+        self._plan_whole = lru_cache(maxsize=8)(partial(plan_chunks, store, None))
         self._same: dict[str, str] = {}  # same_key -> the scan that answers it
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
         self.is_draining = False
@@ -162,7 +166,10 @@ class Admission:
                 raise
 
     def _plan(self, params: Mapping[str, Any], chunk_rows: int) -> Plan:
-        plan = plan_chunks(self._store, params.get("symbols"), chunk_rows)
+        symbols = params.get("symbols")
+        if symbols is None:
+            return self._plan_whole(chunk_rows)
+        plan = plan_chunks(self._store, symbols, chunk_rows)
         if plan.missing:
             near = get_close_matches(plan.missing[0], [entry.symbol for entry in self._store.symbols], 3)
             raise InvalidParams.of(
@@ -230,6 +237,8 @@ class Admission:
 
     async def take_up(self) -> None:
         """Takes up what the journal holds: finished scans can be joined, unfinished ones go on or come to an end."""
+        self._plan_whole(self._settings.chunk_rows)  # now, rather than in the first request
+        list_scanners()
         now, now_ms = self._clock(), self._log.now_ms()
         for scan in reversed(list(self._log.list_scans())):
             self._same[scan.same_key] = scan.id

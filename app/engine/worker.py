@@ -7,6 +7,7 @@ Here the two sides meet that do not know each other: `app.market`, which reads p
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from polars import col
 
 from app.core.errors import ScannerError, ScanwireError
 from app.core.scan import Skipped
-from app.market.features import add_features, add_features_at, is_costly, is_known
+from app.market.dirt import PRICES
+from app.market.features import add_features, add_features_at, is_costly, is_known, is_quick
 from app.market.store import Slice, Store, open_store, read_rows
 from app.market.where import parse_where
 from app.scanners.params import MarketParams
-from app.scanners.registry import Scanner, get_scanner, validate_params
+from app.scanners.registry import Scanner, get_scanner, list_scanners, validate_params
 
 NICENESS = 10
 POSITION = "#position"  # a match's row number, which `ChunkPrices.matching` adds
+FEW = 8  # with fewer rows left than one in so many, it pays to look at these and the rows before them alone
 DECIMALS = 6  # of every number in a match row; prices and ratios are not known better than that
 
 COMMON_COLUMNS = {
@@ -73,11 +76,17 @@ class ChunkPrices:
         measures = measures or {}
         every = [*rules, *measures.values()]
         costly = [expr for expr in every if is_costly(expr)]
-        cheap = [rule for rule in rules if not is_costly(rule)]
-        frame = self.with_features(_names(cheap if costly else every)).with_row_index(POSITION)
+        # The cheap rules go first: what they leave is often a hundredth of the rows.
+        first = [rule for rule in rules if (not is_costly(rule) if costly else is_quick(rule))]
+        frame = self.with_features(_names(first)).with_row_index(POSITION)
+        left = frame.select(pl.all_horizontal(True, *first, *self._days).fill_null(False)).to_series()
         if costly:  # only the symbols on which all else holds are worth it
-            left = frame.filter(*cheap, *self._days)["symbol"].unique()
-            frame = add_features(frame.filter(col("symbol").is_in(left.implode())), _names(every))
+            symbols = frame.filter(left)["symbol"].unique()
+            frame = add_features(frame.filter(col("symbol").is_in(symbols.implode())), _names(every))
+        elif left.sum() * FEW < frame.height:
+            frame = add_features_at(frame, left, _names(every))
+        else:
+            frame = add_features(frame, _names(every))
         found = frame.lazy().filter(*rules, *self._days).select(POSITION, "symbol", "date", **measures)
         return found.collect(engine="in-memory")
 
@@ -95,9 +104,20 @@ def normalise_params(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warm_up() -> int:
-    """Make this process ready and polite; its id."""
+    """Make this process ready and polite; its id. The libraries do their first work on a few invented rows."""
     _be_nice()
+    _warm_once()
     return os.getpid()
+
+
+@cache
+def _warm_once() -> None:
+    days = [date(2020, 1, 1) + timedelta(day) for day in range(40)]
+    prices = dict.fromkeys(PRICES, [10.0] * len(days))
+    frame = pl.DataFrame({"symbol": ["A"] * len(days), "date": days, **prices, "volume": [1e6] * len(days)})
+    scanner = list_scanners()[0]
+    find_rows(scanner, validate_params(scanner, {"where": "close > 0"}), frame)
+    add_features(frame, [name for name in COMMON_COLUMNS if is_known(name)])
 
 
 def inspect_prices(path: Path) -> Store:

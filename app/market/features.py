@@ -326,12 +326,23 @@ def add_features_at(frame: pl.DataFrame, wanted: pl.Series, names: Iterable[str]
     return add_features(near, names).filter("#wanted").drop("#wanted")
 
 
+@lru_cache(maxsize=4096)
 def _reach(name: str, present: frozenset[str]) -> int:
     """How many rows back a feature looks, through all that it is made of."""
     if name in present:
         return 0
     made = find_feature(name)
     return (made.back if made else 0) + max((_reach(need, present) for need in _needs(name)), default=0)
+
+
+def is_quick(expr: pl.Expr) -> bool:
+    """True when the expression looks at its row and the one before it, and no further."""
+    names = expr.meta.root_names()
+    layers = _layers(BASE_COLUMNS, names)
+    made = [find_feature(name) for layer in layers for name in layer if name not in _AXES]
+    return not any(feature and feature.runs for feature in made) and all(
+        _reach(name, frozenset(BASE_COLUMNS)) <= 1 for name in names
+    )
 
 
 def is_costly(expr: pl.Expr) -> bool:

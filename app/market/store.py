@@ -17,7 +17,7 @@ from app.market.dirt import PRICES, drop_bad_rows
 
 COLUMNS = ("symbol", "date", *PRICES, "volume")
 SCHEMA = pl.Schema({"symbol": pl.String, "date": pl.Date, **dict.fromkeys((*PRICES, "volume"), pl.Float64)})
-ROW_GROUP_ROWS = 65_536  # small enough that a slice reads little beside itself, large enough to pack well
+ROW_GROUP_ROWS = 32_768  # small enough that a slice reads little beside itself, large enough to pack well
 SCAN_ROWS = 1_000_000  # rows of symbol and date held at once while a file is checked
 FIRST_CHUNK_ROWS = 8_000  # about six symbols of five years: the first match is not kept waiting
 RAMP = 2  # each chunk is this many times the one before, up to chunk_rows
@@ -266,21 +266,14 @@ def plan_chunks(store: Store, symbols: Sequence[str] | None = None, chunk_rows: 
     missing = () if wanted is None else tuple(sorted(wanted.difference(entry.symbol for entry in chosen)))
     chunks: list[Chunk] = []
     target = min(FIRST_CHUNK_ROWS, chunk_rows)
-    batch: list[SymbolRows] = []
+    batch: list[Slice] = []
+    rows = 0
     for entry in chosen:
-        batch.append(entry)
-        if sum_rows(batch) >= target:
-            chunks.append(_chunk(batch))
-            target, batch = min(target * RAMP, chunk_rows), []
+        batch.append((entry.offset, entry.rows))
+        rows += entry.rows
+        if rows >= target:
+            chunks.append(Chunk(slices=tuple(_merge(batch)), symbols=len(batch), rows=rows))
+            target, batch, rows = min(target * RAMP, chunk_rows), [], 0
     if batch:
-        chunks.append(_chunk(batch))
+        chunks.append(Chunk(slices=tuple(_merge(batch)), symbols=len(batch), rows=rows))
     return Plan(chunks=tuple(chunks), missing=missing)
-
-
-def sum_rows(batch: Sequence[SymbolRows]) -> int:
-    return sum(entry.rows for entry in batch)
-
-
-def _chunk(batch: Sequence[SymbolRows]) -> Chunk:
-    slices = tuple(_merge([(entry.offset, entry.rows) for entry in batch]))
-    return Chunk(slices=slices, symbols=len(batch), rows=sum_rows(batch))
