@@ -75,19 +75,24 @@ def import_files(paths: Sequence[Path]) -> Imported:
     rows = 0
     for path in paths:
         checked = _check_rows(_read_columns(path))
+        if checked.is_empty():
+            raise PricesError(f"The file {path.name} has a header but no rows.")
         rows += checked.height
         wrong = checked.filter(col("reason").is_not_null())
         counts.update({reason: int(count) for reason, count in wrong.group_by("reason").len().iter_rows()})
         rejected += _tell(path, wrong.head(MAX_REJECTED - len(rejected)))
         taken.append(adjust(checked.filter(col("reason").is_null())).select(COLUMNS))
     merged = pl.concat(taken)
+    if merged.is_empty():
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common(3))
+        raise PricesError(f"Not one row could be taken: {reasons}.")
     frame = merged.unique(["symbol", "date"], keep="last", maintain_order=True) if len(taken) > 1 else merged
     return Imported(
         frame=frame.sort("symbol", "date"),
         rows=rows,
         replaced=merged.height - frame.height,
         rejected=tuple(rejected),
-        counts=dict(counts.most_common()),
+        counts=dict(sorted(counts.items(), key=lambda counted: (-counted[1], counted[0]))),
     )
 
 

@@ -42,7 +42,7 @@ class Store:
     """A price file that was checked from end to end, and what is known of it without reading prices."""
 
     path: Path
-    data_version: str  # 16 hex digits of the SHA-256 of the file's bytes
+    data_version: str  # 16 hex digits of the SHA-256 of the file's bytes; "synthetic-" before them if invented
     stamp: str  # size, time of change and inode: cheap to compare, see `read_rows`
     symbols: tuple[SymbolRows, ...]  # in the order of the file
     rows: int
@@ -111,7 +111,7 @@ def open_store(path: Path) -> Store:
         raise PricesError(f"The price file {path.name} has its columns but no rows. {HINT}")
     return Store(
         path=path,
-        data_version=data_version,
+        data_version=f"synthetic-{data_version}" if metadata.get("is_synthetic") else data_version,
         stamp=stamp,
         symbols=symbols,
         rows=sum(entry.rows for entry in symbols),
