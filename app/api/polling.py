@@ -66,6 +66,7 @@ class PlainPolls:
     def __init__(self, security: Security, app: Starlette) -> None:
         self._security = security
         self._state = app.state
+        self._snapshots: SnapshotCache = app.state.snapshots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -85,7 +86,7 @@ class PlainPolls:
             await refuse(refusal, scope, receive, add_security_headers(send))
             return
         if_none_match = headers.get(b"if-none-match", b"")
-        status, fields, body = _encode_answer(service, self._state.snapshots, client, scan, if_none_match)
+        status, fields, body = _encode_answer(service, self._snapshots, client, scan, if_none_match)
         await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})
         await send({"type": "http.response.body", "body": body})
 

@@ -26,13 +26,13 @@ OPERATIONS = "/v1/operations"
 # On every answer.
 DATA_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
-    # Holds for `no-cors` requests alone (an <img> or <script> elsewhere), so it takes nothing from allowed origins.
-    (b"cross-origin-resource-policy", b"same-origin"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
 # On what a browser may show as a page or run as a script: text of any kind.
 PAGE_HEADERS: tuple[tuple[bytes, bytes], ...] = (
-    *DATA_HEADERS[:2],
+    *DATA_HEADERS[:1],
+    # Holds for `no-cors` requests alone (an <img> or <script> elsewhere), so it takes nothing from allowed origins.
+    (b"cross-origin-resource-policy", b"same-origin"),
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
