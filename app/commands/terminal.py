@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -325,10 +325,11 @@ def choose_display(views: Sequence[ScanView], *, as_json: bool) -> Display:
     return PlainDisplay(sys.stdout, sys.stderr)
 
 
-async def show_events(views: Sequence[ScanView], display: Display, events: AsyncIterator[ScanEvent]) -> None:
+async def show_events(views: Sequence[ScanView], display: Display, events: AsyncGenerator[ScanEvent, None]) -> None:
     """Shows the events until they end, and then how each scan ended."""
     by_id = {view.id: view for view in views}
-    async with display.shown():
+    # Whatever ends the display, such as a closed pipe, ends the stream as well.
+    async with display.shown(), contextlib.aclosing(events):
         async for event in events:
             if event.scan in by_id:
                 by_id[event.scan].take(event)
