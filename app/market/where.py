@@ -1,15 +1,14 @@
 """`where`: a filter that a client writes as an SQL condition, checked before anything runs on it."""
 
-import difflib
 import json
-import re
 from datetime import date
 from typing import Any
 
 import polars as pl
 
 from app.core.errors import InvalidParams
-from app.market.features import BASE_COLUMNS, FEATURES, is_known
+from app.market.features import is_known
+from app.market.sqltext import explain_unknown, rewrite
 
 MAX_CHARS = 1_000
 MAX_DEPTH = 200  # of nested operators; a chain of ANDs nests once for each
@@ -33,16 +32,6 @@ _MEMBERS = {
 _LITERALS = frozenset(
     {"Int", "Float", "Boolean", "String", "Str", "Date", "Decimal", "Int64", "Int32", "Float64", "Null"}
 )
-_IN_WORDS = {"Agg": "an aggregate", "SubPlan": "a sub-query", "Cast": "a cast or count(*)", "Over": "a window"}
-
-# Quoted texts and names stay as they are, apart from dates; `close[1]` becomes the name "close[1]".
-_TOKEN = re.compile(
-    r"(?P<date>(?:\bdate\s*)?'\d{4}-\d{2}-\d{2}')"
-    r"""|(?P<quoted>'(?:[^']|'')*'|"[^"]*")"""
-    r"|(?P<lagged>\b[a-z]\w*\s*\[\s*\d+\s*\])",
-    re.IGNORECASE,
-)
-_CLOCK = re.compile(r"\bcurrent_(?:date|time|timestamp)\b", re.IGNORECASE)
 
 # A few rows on which a condition is tried, so that what fails on any value fails at once.
 _TRIAL = pl.DataFrame(
@@ -65,12 +54,12 @@ def parse_where(text: str) -> pl.Expr:
     """
     if len(text) > MAX_CHARS:
         raise _refuse(f"must have at most {MAX_CHARS} characters, not {len(text)}")
-    if "\0" in text:
-        raise _refuse("must not hold NUL characters")
-    if _CLOCK.search(text):
-        raise _refuse("must mean the same tomorrow; write the day as DATE 'YYYY-MM-DD'")
     try:
-        expr = pl.sql_expr(_TOKEN.sub(_rewrite, text))
+        sql = rewrite(text)
+    except ValueError as error:
+        raise _refuse(str(error)) from None
+    try:
+        expr = pl.sql_expr(sql)
         nodes = json.loads(expr.meta.serialize(format="json"))
     except RecursionError:
         raise _refuse("is nested too deeply; use fewer parentheses or conditions") from None
@@ -80,30 +69,14 @@ def parse_where(text: str) -> pl.Expr:
     names = dict.fromkeys(expr.meta.root_names())
     for name in names:
         if not is_known(name):
-            raise _refuse(_unknown(name))
+            raise _refuse(explain_unknown(name))
     _try_out(expr, list(names))
     return expr
-
-
-def _rewrite(token: re.Match[str]) -> str:
-    text = token.group()
-    if token["date"]:
-        return f"DATE {text[text.index(chr(39)) :]}"
-    if token["lagged"]:
-        return '"' + re.sub(r"\s", "", text) + '"'
-    return text
 
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).splitlines() or ["it makes no sense"])[0]
     return line if len(line) <= 200 else line[:200] + "…"
-
-
-def _unknown(name: str) -> str:
-    bare = name.partition("[")[0].lower()
-    near = difflib.get_close_matches(bare, [*BASE_COLUMNS, *FEATURES], n=3)
-    hint = f"; near it: {', '.join(near)}" if near else ""
-    return f"{name[:64]!r} is not a column or feature{hint}. GET /v1/scanners lists them all"
 
 
 def _check_nodes(root: Any) -> None:
@@ -160,10 +133,9 @@ def _check_function(function: Any) -> None:
 def _not_allowed(what: Any) -> InvalidParams:
     if isinstance(what, dict):
         what = next(iter(what), None)
-    name = _IN_WORDS.get(what, what[:40]) if isinstance(what, str) else "something"
     return _refuse(
-        f"uses {name}, which is not allowed: a condition may compare and combine the values of one row, "
-        "without aggregates, windows, casts or sub-queries"
+        f"uses {what[:40] if isinstance(what, str) else 'something'}, which is not allowed: a condition compares and "
+        "combines the values of one row"
     )
 
 
