@@ -21,7 +21,8 @@ from app.core.errors import InvalidParams, ScanwireError
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
-from app.push.subscriber import Subscriber
+from app.push.subscriber import Puller
+from app.push.wire import HttpConnection, find_wire
 
 _SCANS = "/v1/scans/"
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
@@ -87,6 +88,9 @@ class PlainPolls:
             return
         if_none_match = headers.get(b"if-none-match", b"")
         status, fields, body = _encode_answer(service, self._snapshots, client, scan, if_none_match)
+        if (wire := find_wire(scope, HttpConnection)) is not None:
+            wire.respond(status, (*fields, *DATA_HEADERS), body)
+            return
         await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})
         await send({"type": "http.response.body", "body": body})
 
@@ -160,7 +164,7 @@ async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor
     service.limits.charge("connect", client)
     with (
         service.limits.open_stream(client),
-        service.hub.connect("long-poll") as subscriber,
+        service.hub.pull("long-poll") as subscriber,
         service.sessions.stream(client, [scan_id]),
     ):
         service.hub.subscribe(subscriber, scan_id, cursor)
@@ -169,7 +173,7 @@ async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor
                 await _wait_durable(subscriber)
 
 
-async def _wait_durable(subscriber: Subscriber) -> None:
+async def _wait_durable(subscriber: Puller) -> None:
     async for batch in subscriber.batches():
         if any(event.type is not EventType.PROGRESS for event in batch):
             return
@@ -181,7 +185,7 @@ async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cur
     service.limits.charge("read", client)
     wait_s = read_wait_s(request, service)
     headers = {"Cache-Control": "no-store", **service.limits.headers("read", client)}
-    with service.hub.connect("poll") as subscriber:
+    with service.hub.pull("poll") as subscriber:
         for scan_id in scan_ids:
             service.hub.subscribe(subscriber, scan_id, cursor)
         batch = await subscriber.read()
@@ -205,7 +209,7 @@ async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cur
     return Response(body, headers=headers, media_type=JSON)
 
 
-async def _wait_any(subscriber: Subscriber, wait_s: float) -> list[Event]:
+async def _wait_any(subscriber: Puller, wait_s: float) -> list[Event]:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             async for batch in subscriber.batches():

@@ -67,7 +67,11 @@ class Settings(BaseSettings):
     # Push.
     heartbeat_s: float = Field(15, gt=0)
     retry_ms: int = Field(2000, ge=0, description="the wait a browser is told to make before it reconnects")
-    send_timeout_s: float = Field(30, gt=0, description="a stream whose peer takes nothing for this long is closed")
+    progress_per_s: float = Field(20, gt=0, description="progress events of one scan shown in a second")
+    batch_ms: float = Field(0, ge=0, description="new events wait this long for others to share a write with")
+    batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
+    high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
+    stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
     long_poll_max_s: float = Field(60, gt=0)
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")
