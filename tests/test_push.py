@@ -16,7 +16,6 @@ from app.log.eventlog import EventLog
 from app.push import reader as reader_module
 from app.push.frames import frame_ndjson, frame_sse, frame_text
 from app.push.hub import Hub
-from app.push.subscriber import Puller
 from tests.conftest import until
 from tests.test_log import open_log
 from tests.test_scan import QUEUED, STARTED, ended, found, make_scan
@@ -98,7 +97,7 @@ def test_small_pages_neither_lose_nor_reorder_across_scans(
 async def test_progress_is_folded_to_the_latest_and_comes_after_its_seq(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED, STARTED)
-        subscriber = Puller(log, "test", print)
+        subscriber = Hub(log).pull("test")
         subscriber.watch("s_a", None)
         for done in range(1, 50):
             log.publish("s_a", Progress(done=done, total=50, unit="symbols"))
@@ -203,7 +202,7 @@ async def test_at_a_drain_every_subscriber_hears_bye_and_then_the_stream_ends(tm
 async def test_silence_is_filled_with_heartbeats(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED)
-        subscriber = Puller(log, "test", print)
+        subscriber = Hub(log).pull("test")
         subscriber.watch("s_a", None)
         batches = subscriber.batches(heartbeat_s=0.001)
         assert len(await anext(batches)) == 1

@@ -165,7 +165,7 @@ async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor
     with (
         service.limits.open_stream(client),
         service.hub.pull("long-poll") as subscriber,
-        service.sessions.stream(client, [scan_id]),
+        service.sessions.stream(client, [scan_id], is_poll=True),
     ):
         service.hub.subscribe(subscriber, scan_id, cursor)
         with contextlib.suppress(TimeoutError):
@@ -192,7 +192,7 @@ async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cur
         if not batch and wait_s and not subscriber.is_done:
             service.limits.charge("connect", client)
             headers["Preference-Applied"] = f"wait={wait_s:g}"
-            with service.limits.open_stream(client), service.sessions.stream(client, scan_ids):
+            with service.limits.open_stream(client), service.sessions.stream(client, scan_ids, is_poll=True):
                 batch = await _wait_any(subscriber, wait_s)
         after = max([watch.after for watch in subscriber.watches.values()] + [event.n or 0 for event in batch])
         is_closed = subscriber.is_done

@@ -99,7 +99,7 @@ class Stream:
             contextlib.suppress(UnknownScan),  # reaped in this very moment; the client is told when it comes back
         ):
             self._subscribe(subscriber)
-            await wire.until_finished()
+            await wire.finished
         await send({"type": "http.response.body", "body": b""})
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -28,6 +28,7 @@ from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLar
 from app.core.event import Cursor, EventType
 from app.engine.admission import Submission
 from app.engine.limits import StreamLease
+from app.engine.sessions import Presence
 from app.push.frames import MESSAGES, frame_message, frame_text
 from app.push.subscriber import Puller, Subscriber
 from app.push.wire import FINISH, WebSocketConnection, find_wire
@@ -147,7 +148,7 @@ class _Dialogue:
         self._service = service
         self._client = client
         self._subscriber = subscriber
-        self._sessions: dict[str, contextlib.ExitStack] = {}
+        self._sessions: dict[str, Presence] = {}
         self.refusal: ScanwireError | None = None  # why the connection is to be closed, after the answer
 
     def __enter__(self) -> Self:
@@ -227,8 +228,7 @@ class _Dialogue:
             raise InvalidParams.of("scan", f"one connection may watch {limit} scans; unsubscribe from one first")
         self._service.hub.subscribe(self._subscriber, scan_id, cursor)
         if scan_id not in self._sessions:
-            session = self._sessions[scan_id] = contextlib.ExitStack()
-            session.enter_context(self._service.sessions.stream(self._client, [scan_id]))
+            self._sessions[scan_id] = self._service.sessions.stream(self._client, [scan_id])
         return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
 
     async def _submit(self, command: dict[str, Any]) -> dict[str, Any]:

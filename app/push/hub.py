@@ -5,7 +5,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import cycle
 from typing import NamedTuple
 
@@ -145,38 +144,32 @@ class Hub:
 
     # Subscribers
 
-    @contextmanager
-    def pull(self, transport: str) -> Iterator[Puller]:
-        """A subscriber that asks; it is taken out of every channel when the block is left."""
-        subscriber = Puller(self._log, transport, lambda seconds: self.note_lag(seconds))
-        with self._connect(subscriber):
-            yield subscriber
+    def pull(self, transport: str) -> Puller:
+        """A subscriber that asks. Leaving its block takes it out of every channel."""
+        subscriber = Puller(self._log, transport, self._leave, self.note_lag)
+        self._connect(subscriber)
+        return subscriber
 
-    @contextmanager
-    def push(self, wire: Wire, framing: Framing, *, ends: bool) -> Iterator[Pusher]:
-        """A subscriber that is written to; it is taken out of every channel when the block is left."""
-        subscriber = Pusher(self._log, wire, framing, ends=ends)
-        spoke = next(self._spokes)
-        spoke.add(subscriber)
-        try:
-            with self._connect(subscriber):
-                yield subscriber
-        finally:
-            spoke.discard(subscriber)
-            subscriber.leave()
+    def push(self, wire: Wire, framing: Framing, *, ends: bool) -> Pusher:
+        """A subscriber that is written to. Leaving its block takes it out of every channel."""
+        subscriber = Pusher(self._log, wire, framing, self._leave, ends=ends)
+        next(self._spokes).add(subscriber)
+        self._connect(subscriber)
+        return subscriber
 
-    @contextmanager
-    def _connect(self, subscriber: Subscriber) -> Iterator[None]:
+    def _connect(self, subscriber: Subscriber) -> None:
         self._subscribers.add(subscriber)
         if self._farewell_ms is not None:
             self._say_bye(subscriber, self._farewell_ms)
-        try:
-            yield
-        finally:
-            self._subscribers.discard(subscriber)
-            self._pushed[subscriber.transport] += subscriber.pushed
-            for scan_id in list(subscriber.watches):
-                self.unsubscribe(subscriber, scan_id)
+
+    def _leave(self, subscriber: Subscriber) -> None:
+        self._subscribers.discard(subscriber)
+        if isinstance(subscriber, Pusher):
+            for spoke in self._wheel:
+                spoke.discard(subscriber)
+        self._pushed[subscriber.transport] += subscriber.pushed
+        for scan_id in list(subscriber.watches):
+            self.unsubscribe(subscriber, scan_id)
 
     def subscribe(self, subscriber: Subscriber, scan_id: str, cursor: Cursor | None) -> None:
         """Raises UnknownScan. Wake the subscriber when it watches all that it should."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from app.core.event import Cursor, Event
 from app.log.eventlog import EventLog
@@ -16,10 +16,17 @@ logger = logging.getLogger(__name__)
 class Subscriber(Reader):
     """Who watches some scans, and is woken when there is something new."""
 
-    def __init__(self, log: EventLog, transport: str) -> None:
+    def __init__(self, log: EventLog, transport: str, left: Callable[[Any], None]) -> None:
         super().__init__(log)
         self.transport = transport
         self.pushed = 0  # events given so far
+        self._left = left
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left(self)
 
     def wake(self) -> None:
         """There may be something new."""
@@ -33,8 +40,10 @@ class Subscriber(Reader):
 class Puller(Subscriber):
     """A subscriber whose consumer asks for what is new: polls, and streams on any ASGI server."""
 
-    def __init__(self, log: EventLog, transport: str, note_lag: Callable[[float], None]) -> None:
-        super().__init__(log, transport)
+    def __init__(
+        self, log: EventLog, transport: str, left: Callable[["Puller"], None], note_lag: Callable[[float], None]
+    ) -> None:
+        super().__init__(log, transport, left)
         self._note_lag = note_lag
         self._since_ms = log.now_ms()
         self._awake = asyncio.Event()
@@ -121,8 +130,10 @@ class Pusher(Subscriber):
     With `ends`, it finishes when all scans that it watches have ended.
     """
 
-    def __init__(self, log: EventLog, wire: Wire, framing: Framing, *, ends: bool) -> None:
-        super().__init__(log, framing.name)
+    def __init__(
+        self, log: EventLog, wire: Wire, framing: Framing, left: Callable[["Pusher"], None], *, ends: bool
+    ) -> None:
+        super().__init__(log, framing.name, left)
         self.wire = wire
         self.framing = framing
         self.only: Watch | None = None  # what it watches, if that is one scan
@@ -170,7 +181,7 @@ class Pusher(Subscriber):
         self.wire.write(self.framing.encode([farewell]))
         self.wire.finish()
 
-    def leave(self) -> None:
-        """Stops what is under way; nobody is there any more."""
+    def __exit__(self, *_: object) -> None:
         if self._reading is not None:
             self._reading.cancel()
+        super().__exit__()

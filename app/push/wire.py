@@ -41,29 +41,41 @@ class Connection(asyncio.Protocol):
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
 
-    rest: Callable[[Receive, Send], Awaitable[None]] | None = None
-    is_ready = False  # a stream is open, and its peer takes what is written
-    _drained: Callable[[], None] | None = None  # of the stream that is open
-    _is_behind = False
-    _stalling: asyncio.TimerHandle | None = None
-    _fd = -1  # of the socket; -1 under TLS
+    # Slots, since a connection has one attribute less than makes its dictionary a kilobyte larger.
+    __slots__ = ("_app", "_bounds", "_drained", "_fd", "_is_behind", "_send", "_stalling", "is_ready", "rest")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._app, self.app = self.app, self._serve
+        self._send: Send  # of the request that is being served
+        self._bounds: Bounds = self.app_state[EXTENSION]
+        self._fd = -1  # of the socket; stays -1 under TLS
+        self._drained: Callable[[], None] | None = None  # of the stream that is open
+        self._is_behind = False
+        self._stalling: asyncio.TimerHandle | None = None
+        self.is_ready = False  # a stream is open, and its peer takes what is written
+        self.rest: Callable[[Receive, Send], Awaitable[None]] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._bounds: Bounds = self.app_state[EXTENSION]
         self.transport.set_write_buffer_limits(high=self._bounds.high_water_bytes)
         if transport.get_extra_info("sslcontext") is None:
             self._fd = transport.get_extra_info("socket").fileno()
-        self._app, self.app = self.app, self._serve
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         extensions = scope.setdefault("extensions", {})
         extensions[EXTENSION] = self
+        self._send = send
         await self._app(scope, receive, send)
         del extensions[EXTENSION]
         if self.rest is not None:
+            self._let_go(scope)
             rest, self.rest = self.rest, None
             await rest(receive, send)
+
+    def _let_go(self, scope: Scope) -> None:
+        """A stream may be open for hours; what it was asked for with has been read."""
+        scope["headers"].clear()
 
     def open(self, drained: Callable[[], None]) -> None:
         """A stream begins. `drained` is called when the transport has drained, after `is_ready` was False."""
@@ -138,18 +150,19 @@ class Connection(asyncio.Protocol):
 
 
 class HttpConnection(Connection, HttpToolsProtocol):
-    _cycle: RequestResponseCycle  # of the request that is being served
-    _finished: asyncio.Future[None] | None = None
+    __slots__ = ("_finished",)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._cycle = send.__self__  # type: ignore[attr-defined]
-        await super()._serve(scope, receive, send)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._finished: asyncio.Future[None] | None = None
 
-    async def until_finished(self) -> None:
-        """Returns when the stream that is open was finished, or the connection lost."""
-        if self._drained is not None:
-            self._finished = self.loop.create_future()
-            await self._finished
+    @property
+    def finished(self) -> asyncio.Future[None]:
+        """Done when the stream that is open was finished, or the connection lost."""
+        self._finished = self.loop.create_future()
+        if self._drained is None:
+            self._finished.set_result(None)
+        return self._finished
 
     def finish(self) -> None:
         super().finish()
@@ -158,7 +171,7 @@ class HttpConnection(Connection, HttpToolsProtocol):
 
     def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
-        cycle = self._cycle
+        cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
         parts = [STATUS_LINE[status]]
         for name, value in (*cycle.default_headers, *fields):
             parts += (name, b": ", value, b"\r\n")
@@ -171,7 +184,16 @@ class HttpConnection(Connection, HttpToolsProtocol):
 
 
 class WebSocketConnection(Connection, WebSocketsSansIOProtocol):
-    _is_silent = False  # nothing has come since the last heartbeat
+    __slots__ = ("_is_silent",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._is_silent = False  # nothing has come since the last heartbeat
+
+    def _let_go(self, scope: Scope) -> None:
+        super()._let_go(scope)
+        self.request.headers.clear()
+        self.response.headers.clear()
 
     def finish(self) -> None:
         if self._drained is not None:
