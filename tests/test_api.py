@@ -433,7 +433,7 @@ async def test_a_client_with_empty_buckets_is_told_when_to_come_back_and_that_is
     tmp_path: Path, sample_prices: Path
 ) -> None:
     async with serve(
-        tmp_path, sample_prices, submit_per_min=2, connect_burst=1, connect_per_s=0.01, read_burst=3, read_per_s=0.01
+        tmp_path, sample_prices, submit_per_min=2, connect_burst=1, connect_per_s=0.01, read_burst=5, read_per_s=0.01
     ) as serving:
         body = {"scanner": "gap-up", "reuse": "never"}
         for _ in range(2):

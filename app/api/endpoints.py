@@ -23,6 +23,7 @@ from app.core.errors import (
     NotAcceptable,
     RateLimited,
     ScanwireError,
+    SlowBody,
     Trimmed,
     UnknownScan,
     UnsupportedMedia,
@@ -151,6 +152,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             },
             refusals=(
                 InvalidRequest,
+                SlowBody,
                 Conflict,
                 UnsupportedMedia,
                 InvalidParams,

@@ -124,7 +124,9 @@ async def _write(
             async with asyncio.timeout(stall_s):
                 await websocket.send_text(text)
         except TimeoutError:
-            await websocket.close(STALLED, "nothing was taken for too long")
+            with contextlib.suppress(TimeoutError):  # as likely as not it cannot be told so either
+                async with asyncio.timeout(1):
+                    await websocket.close(STALLED, "nothing was taken for too long")
             raise WebSocketDisconnect(STALLED) from None
 
     async with contextlib.aclosing(subscriber.batches(ends=False)) as batches:
@@ -235,11 +237,14 @@ class _Dialogue:
         key = command.pop("idempotency_key", None)
         if not isinstance(key, str | None):
             raise InvalidParams.of("idempotency_key", "must be text")
+        self._service.limits.charge("read", self._client)
         try:
             asked = Submission.model_validate(command)
         except ValidationError as error:
             raise explain_validation(error) from None
         scan, joined = await self._service.admission.submit(self._client, asked, key)
+        if not joined:
+            self._service.limits.refund("read", self._client)
         return {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
 
 

@@ -1,7 +1,7 @@
 """What a scan is: its states, the facts it was submitted with, and what its durable events make of it."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
@@ -158,6 +158,24 @@ def feed_digest(digest: "hashlib._Hash", rows: Iterable[Row]) -> None:
     """Puts more rows into a digest that is being made; see `digest_rows`."""
     for row in rows:
         digest.update(canonical_row(row) + b"\n")
+
+
+class Rows:
+    """The match rows of one event, turned into JSON where they were found, so that the event loop need not."""
+
+    __slots__ = ("canonical", "count", "json")
+
+    def __init__(self, count: int, json: bytes, canonical: bytes) -> None:
+        self.count = count
+        self.json = json  # the array of rows
+        self.canonical = canonical  # what the digest is fed; see `digest_rows`
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def pack_rows(rows: Sequence[Row]) -> Rows:
+    return Rows(len(rows), orjson.dumps(rows), b"".join(canonical_row(row) + b"\n" for row in rows))
 
 
 def make_same_key(scanner: str, params: Mapping[str, Any], data_version: str) -> str:

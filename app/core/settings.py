@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     idempotency_s: float = Field(86_400, gt=0, description="an Idempotency-Key is remembered this long")
     max_idempotency_keys: int = Field(10_000, ge=1, description="idempotency keys remembered in all")
 
+    commit_wait_s: float = Field(10, gt=0, description="a request waits this long for the journal, then is refused")
+    body_wait_s: float = Field(20, gt=0, description="a request body must be there within this time")
+
     # Limits of one client: a bucket each, as <amount> per <period>.
     submit_per_min: float = Field(2, gt=0)
     submit_heavy_per_hour: float = Field(10, gt=0)

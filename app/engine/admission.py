@@ -1,5 +1,6 @@
 """Decides what may run: validates, joins what is running already, charges, and queues."""
 
+import asyncio
 import hashlib
 import logging
 import secrets
@@ -95,12 +96,16 @@ class Admission:
 
     async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
         """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
-        body_hash = hashlib.sha256(orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)).hexdigest()
+        try:
+            body = orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)
+        except TypeError:  # orjson reads deeper than it writes
+            raise InvalidParams.of("params", "is nested too deeply; no parameter is a tree") from None
+        body_hash = hashlib.sha256(body).hexdigest()
         if idempotency_key is not None:
             if not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
                 raise InvalidParams.of("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
             if (earlier := self._recall(client, idempotency_key, body_hash)) is not None:
-                return Admitted(await self._log.accept(earlier), True)
+                return Admitted(await self._accept(earlier), True)
 
         params = normalise_params(asked.scanner, asked.params)
         plan = self._plan(params, self._settings.chunk_rows)
@@ -123,18 +128,36 @@ class Admission:
             self._take_place(client, plan.rows)
             self._log.create(scan)
             self._sessions.expect(scan.id)
-            self._same[same_key] = scan.id
+            if asked.reuse == "auto" or self._find_same(same_key) is None:
+                self._same[same_key] = scan.id
             self._runner.submit(self._make_run(scan, plan.chunks))
         scan_id = joined or scan.id
         if idempotency_key is not None:
             self._remember(client, idempotency_key, _Remembered(scan_id, body_hash, self._clock()))
-        return Admitted(await self._log.accept(scan_id), joined is not None)
+        return Admitted(await self._accept(scan_id), joined is not None)
+
+    async def _accept(self, scan_id: str) -> Scan:
+        try:
+            async with asyncio.timeout(self._settings.commit_wait_s):
+                return await self._log.accept(scan_id)
+        except TimeoutError:
+            raise JournalUnavailable(
+                "The journal cannot be written just now, so it is not sure that the scan is kept. Submit it again: "
+                "with the same Idempotency-Key it will not run twice.",
+                retry_after_s=10,
+            ) from None
 
     async def cancel(self, client: str, scan_id: str) -> Scan:
         """Raises UnknownScan, and Forbidden for a scan that another client submitted."""
         if self._log.get(scan_id).client != client:
             raise Forbidden("Only the client that submitted a scan may cancel it. You can stop watching it.")
-        return await self._runner.cancel(scan_id, "client")
+        try:
+            async with asyncio.timeout(self._settings.commit_wait_s):
+                return await self._runner.cancel(scan_id, "client")
+        except TimeoutError:
+            raise JournalUnavailable(
+                "The journal cannot be written just now. The scan is cancelled as soon as it can.", retry_after_s=10
+            ) from None
 
     def _take_place(self, client: str, cost_rows: int) -> None:
         """Raises the first limit that stands in the way; what was charged before it is given back."""
@@ -171,13 +194,18 @@ class Admission:
             return self._plan_whole(chunk_rows)
         plan = plan_chunks(self._store, symbols, chunk_rows)
         if plan.missing:
-            near = get_close_matches(plan.missing[0], [entry.symbol for entry in self._store.symbols], 3)
+            near = self._find_near(plan.missing[0])
             raise InvalidParams.of(
                 "symbols",
                 f"{', '.join(plan.missing[:5])}{' and more' if len(plan.missing) > 5 else ''}: not in the price data"
                 + (f"; did you mean {', '.join(near)}?" if near else ", see `scanwire data info`"),
             )
         return plan
+
+    def _find_near(self, symbol: str) -> list[str]:
+        """Up to three symbols that look like this one; among those with the same first letter, for speed."""
+        alike = (entry.symbol for entry in self._store.symbols if entry.symbol[0] == symbol[0])
+        return get_close_matches(symbol, [other for other in alike if abs(len(other) - len(symbol)) < 2], 3)
 
     def _make_run(self, scan: Scan, chunks: tuple[Chunk, ...]) -> Run:
         return Run(
@@ -192,6 +220,7 @@ class Admission:
                 slices=(),
                 scanner=scan.scanner,
                 params=dict(scan.params),
+                max_rows=self._settings.max_matches,
             ),
             chunks=chunks,
         )
@@ -241,7 +270,8 @@ class Admission:
         list_scanners()
         now, now_ms = self._clock(), self._log.now_ms()
         for scan in reversed(list(self._log.list_scans())):
-            self._same[scan.same_key] = scan.id
+            if scan.state is State.COMPLETED or not scan.state.is_terminal or self._find_same(scan.same_key) is None:
+                self._same[scan.same_key] = scan.id
             if scan.idempotency is not None:
                 key, body_hash = scan.idempotency
                 at = now - (now_ms - scan.created_ts) / 1000

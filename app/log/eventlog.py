@@ -75,8 +75,15 @@ class EventLog:
         self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
         for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
             log = self._logs[scan.id] = _ScanLog(scan, scan)
-            log.events = None
+            log.events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
+            log.size = sum(len(event.json) for event in log.events or ())
         self._is_open = True
+
+    def _read_all(self, scan_id: str) -> list[Event]:
+        events: list[Event] = []
+        while page := self._journal.read(scan_id, (events[-1].n or 0) if events else 0, READ_BYTES):
+            events += page
+        return events
 
     async def close(self) -> None:
         """Commits what is left and closes the journal; what cannot be written raises where it was appended."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from app.core.event import Event
 
-_CACHED = 64  # events whose frames are at hand; those that catch up together need the same few
+_CACHED = 16  # events whose frames are at hand; those that catch up together need the same few
 
 
 @lru_cache(maxsize=_CACHED)

@@ -12,11 +12,12 @@ from app.log.eventlog import READ_BYTES, EventLog
 class Watch:
     """How far one subscriber has read one scan."""
 
-    __slots__ = ("after", "is_gone", "page", "progress", "resets")
+    __slots__ = ("after", "is_gone", "is_trimmed", "page", "progress", "resets")
 
     def __init__(self, after: int, resets: str | None) -> None:
         self.after = after
         self.is_gone = False  # the scan was reaped while it was watched, and this was told
+        self.is_trimmed = False  # it was trimmed, before or while it was watched, and this was told
         self.page: list[Event] | None = None  # read from the journal, not given yet
         self.progress: Event | None = None  # the last one given
         self.resets = resets  # why the cursor could not be used; told before anything else
@@ -49,6 +50,7 @@ class Reader:
             reason = "trimmed"
         after = 0 if cursor is None or reason is not None else cursor.n
         watch = self.watches[scan_id] = Watch(after, reason)
+        watch.is_trimmed = scan.is_trimmed
         return watch
 
     def unwatch(self, scan_id: str) -> None:
@@ -69,6 +71,7 @@ class Reader:
     def read_nowait(self) -> list[Event] | None:
         """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing, and None when the
         journal has to be asked first: see `fetch`."""
+        self._note_losses()
         # A later event must not overtake one whose page is not whole.
         horizon, pages = self._log.shown_n, []
         for scan_id, watch in self.watches.items():
@@ -91,7 +94,7 @@ class Reader:
 
     def _read_page(self, scan_id: str, watch: Watch) -> list[Event] | None:
         try:
-            page = self._log.read_nowait(scan_id, watch.after)
+            page = self._log.read_nowait(scan_id, watch.after, self._page_bytes)
         except UnknownScan:  # reaped while it was watched; _take_resets says so
             return []
         if page is not None or watch.page is None:
@@ -102,19 +105,33 @@ class Reader:
         watch.page = fetched or None
         return [event for event in fetched if (event.n or 0) > watch.after]
 
+    @property
+    def _page_bytes(self) -> int:
+        # One round reads a page of each scan, and gives no more than one page in all.
+        return READ_BYTES // max(1, len(self.watches))
+
     async def fetch(self) -> None:
         """Reads what `read_nowait` lacks from the journal."""
         for scan_id, watch in list(self.watches.items()):
             with contextlib.suppress(UnknownScan):
                 if self._log.read_nowait(scan_id, watch.after) is None:
-                    watch.page = await self._log.read(scan_id, watch.after)
+                    watch.page = await self._log.read(scan_id, watch.after, self._page_bytes)
+
+    def _note_losses(self) -> None:
+        """What went past its retention while it was watched must not look as if it had never been."""
+        for scan_id, watch in self.watches.items():
+            scan = self._log.find(scan_id)
+            if scan is None:
+                if not watch.is_gone:
+                    watch.is_gone, watch.resets = True, "trimmed"
+            elif scan.is_trimmed and not watch.is_trimmed:
+                watch.is_trimmed = True
+                if watch.after < scan.n:
+                    watch.after, watch.page, watch.resets = 0, None, "trimmed"
 
     def _take_resets(self) -> list[Event]:
         resets = []
         for scan_id, watch in self.watches.items():
-            if self._log.find(scan_id) is None and not watch.is_gone:
-                watch.is_gone = True
-                watch.resets = "trimmed"
             if watch.resets is not None:
                 resets.append(self._make_reset(scan_id, watch.resets))
                 watch.resets = None

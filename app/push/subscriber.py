@@ -80,6 +80,8 @@ class Puller(Subscriber):
             if batch:
                 yield batch
                 self._note(batch)
+                if not ends and self._awake.is_set():
+                    yield []
                 continue
             if ends and self.is_done:
                 return
