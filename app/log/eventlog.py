@@ -137,7 +137,7 @@ class EventLog:
     async def _write(self, log: _ScanLog, write: Write) -> Scan:
         committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
         self._journal.submit(write)
-        return await asyncio.shield(committed)
+        return await committed  # its own: a caller that is cancelled cancels nothing else
 
     def publish(self, scan_id: str, progress: Progress) -> None:
         """Makes this the latest progress of a scan. It is not kept.

@@ -72,6 +72,7 @@ class Puller(Subscriber):
         the farewell comes as the last event.
         """
         while True:
+            was_woken = self._awake.is_set()
             self._awake.clear()
             if self._farewell is not None:
                 yield [self._farewell]
@@ -80,18 +81,15 @@ class Puller(Subscriber):
             if batch:
                 yield batch
                 self._note(batch)
-                if not ends and self._awake.is_set():
-                    yield []
-                continue
-            if ends and self.is_done:
-                return
-            try:
-                async with asyncio.timeout(heartbeat_s):
-                    await self._awake.wait()
-            except TimeoutError:
+            elif was_woken and not ends:
                 yield []
+            elif ends and self.is_done:
+                return
             else:
-                if not ends:
+                try:
+                    async with asyncio.timeout(heartbeat_s):
+                        await self._awake.wait()
+                except TimeoutError:
                     yield []
 
     def _note(self, batch: Sequence[Event]) -> None:
