@@ -15,7 +15,7 @@ def idle_memory(bench: Bench) -> None:
     """Server memory for each idle connection, over 2,000 of them."""
     count, work, table = int(bench.scale(2000, 1000)), Work(rate=1, events=1), []
     for contender in bench.choose(*contenders.EVERYONE):
-        with contender.start(work, bench.server_cpus) as running:
+        with bench.attempt(f"memory: {contender.name}"), contender.start(work, bench.server_cpus) as running:
             subscription = running.open_feed().subscription
             # The first connections pay for what is loaded and allocated once.
             with bench.subscribe(running.server, subscription, connections=100):
@@ -24,7 +24,7 @@ def idle_memory(bench: Bench) -> None:
                 with bench.subscribe(running.server, subscription, connections=count):
                     time.sleep(SETTLE_S)
                     after_mb = running.server.memory_mb()
-        table.append((contender.name, (after_mb - before_mb) * 1024 / count, before_mb, after_mb))
+            table.append((contender.name, (after_mb - before_mb) * 1024 / count, before_mb, after_mb))
     print_table(
         f"Memory of the server for each of {count:,} idle connections (resident; the kernel's own is not in it)",
         ("server", "KB/connection", "MB before", "MB after"),
@@ -41,7 +41,7 @@ def connects(bench: Bench) -> None:
         for contender in bench.choose(*contenders.EVERYONE) if not rates else contenders.EVERYONE:
             if contender.needs:
                 continue
-            with contender.start(work, bench.server_cpus) as running:
+            with bench.attempt(f"connects: {contender.name}"), contender.start(work, bench.server_cpus) as running:
                 before = running.server.cpu_s()
                 with bench.subscribe(running.server, running.open_feed().subscription, connections=count) as load:
                     rates.setdefault(contender.name, []).append(count / load.connect_s)

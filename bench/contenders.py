@@ -84,7 +84,7 @@ def open_external_scan(server: Server, work: Work, *, websocket: bool = False, r
     params = {"title": "fan-out", "total": work.events, "unit": "events"}
     scan = fetch(server, "/v1/scans", {"scanner": "external", "params": params})
     headers = f"Authorization: Bearer {scan['producer_token']}\r\nContent-Type: application/x-ndjson\r\n"
-    row_bytes = max(35, work.frame_bytes - (176 if websocket else 222))
+    row_bytes = max(34, work.frame_bytes - (140 if websocket else 180))
 
     def make_post(stamps: Sequence[int]) -> list[bytes]:
         all_rows = [make_event(stamp, row_bytes) for stamp in stamps]

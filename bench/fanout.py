@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import connections, deliveries
 from bench.plot import draw_costs
 from bench.rounds import Bench
-from bench.subscribers import SOURCE, LoadFailed, compile_c
+from bench.subscribers import SOURCE, compile_c
 
 WORKS = {
     "fan-out": deliveries.fan_out,
@@ -58,10 +58,8 @@ def main() -> None:
         for name in options.work:
             # The producer runs in this process; a work that pins nothing sets this back for itself.
             os.sched_setaffinity(0, bench.load_cpus or cores)
-            try:
+            with bench.attempt(name):
                 WORKS[name](bench)
-            except LoadFailed as failure:
-                bench.faults.append(f"{name}: {failure}")
             print(f"\nRepeat with: python -m bench.fanout --work {name}{' --quick' * options.quick}", flush=True)
     if options.plot:
         options.plot.write_text(draw_costs(bench.costs))

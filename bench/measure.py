@@ -16,6 +16,7 @@ from pathlib import Path
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 START_WITHIN_S = 60
+SHOWN_CHARS = 4000  # of what a server said before it failed
 # Limits that protect a service would only measure themselves here.
 GENEROUS = {
     "SCANWIRE_SUBMIT_PER_MIN": "1000000",
@@ -121,7 +122,8 @@ def run_server(
 ) -> Iterator[Server]:
     """Runs a server that was told to listen on this loopback port, until the block is left.
 
-    It may open as many files as the system lets it, and is pinned to `cpus`.
+    It may open as many files as the system lets it, and is pinned to `cpus`. What it says is shown when the block
+    fails.
     """
 
     def prepare() -> None:
@@ -130,23 +132,33 @@ def run_server(
         if cpus:
             os.sched_setaffinity(0, cpus)
 
-    process = subprocess.Popen(
-        command,
-        env=os.environ | dict(env),
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.DEVNULL,
-        preexec_fn=prepare,
-    )
-    try:
-        _wait_until_served(process, port, path)
-        yield Server(process.pid, port)
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | dict(env),
+            cwd=Path(__file__).parents[1],
+            stdout=said,
+            stderr=said,
+            preexec_fn=prepare,
+        )
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            _wait_until_served(process, port, path)
+            yield Server(process.pid, port)
+        except BaseException:
+            said.seek(0)
+            sys.stderr.write(said.read()[-SHOWN_CHARS:])
+            raise
+        finally:
+            _stop(process)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_served(process: "subprocess.Popen[bytes]", port: int, path: str) -> None:

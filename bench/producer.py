@@ -48,7 +48,7 @@ def _take(connection: socket.socket, answers: bytearray, flags: int = 0) -> bool
 
 def make_event(stamp: int, bytes_: int) -> str:
     """One event as JSON of about so many bytes, with the timestamp that the load looks for."""
-    return f'{{"t":"@{stamp:016d}","pad":"{"x" * (bytes_ - 35)}"}}'
+    return f'{{"t":"@{stamp:016d}","pad":"{"x" * (bytes_ - 34)}"}}'
 
 
 def make_request(method: str, path: str, body: str = "", headers: str = "") -> bytes:

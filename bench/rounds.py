@@ -3,14 +3,14 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.contenders import FLOOR, Contender, Feed, Running, Work
 from bench.measure import Server, print_table
 from bench.producer import produce
-from bench.subscribers import Load, Reception, Subscription, subscribe
+from bench.subscribers import Load, LoadFailed, Reception, Subscription, subscribe
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,14 @@ class Bench:
             if contender.needs:
                 print(f"left out: {contender.name} (not installed: {', '.join(contender.needs)})")
         return [contender for contender in wanted if not contender.needs]
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """A server that cannot do the work fails the bench, not the other servers' runs."""
+        try:
+            yield
+        except LoadFailed as failure:
+            self.faults.append(f"{name}: {failure}")
 
     def check(self, name: str, reception: Reception) -> None:
         if reception.fault:
@@ -116,16 +124,20 @@ def compare_fanout(
         ]
         for _ in range(bench.rounds):
             for name, running in started:
-                run = measure_fanout(bench, running, work, connections, tick_s=tick_s)
-                bench.check(f"{title}: {name}", run.reception)
-                runs[name].append(run)
+                with bench.attempt(f"{title}: {name}"):
+                    run = measure_fanout(bench, running, work, connections, tick_s=tick_s)
+                    bench.check(f"{title}: {name}", run.reception)
+                    runs[name].append(run)
     print_fanout(bench, title, runs)
 
 
 def print_fanout(bench: Bench, title: str, runs: dict[str, list[Run]]) -> None:
+    """Prints the table, of those servers that did every round."""
     floor = runs.get(FLOOR.name)
     rows = []
     for name, own in runs.items():
+        if len(own) < bench.rounds:
+            continue
         receptions = [run.reception for run in own]
         speed = statistics.median(reception.received / max(reception.events_s, 1e-3) for reception in receptions)
         ratio: float | str = ""

@@ -1,6 +1,6 @@
 """Scanwire with many scans that are worked in its own process: a task for each appends matches at a steady rate.
 
-    python -m bench.peers.scanwire_many --port PORT --scans 500 --rate 20 --events 200 --row-bytes 60
+    python -m bench.peers.scanwire_many --port PORT --scans 500 --rate 20 --events 200 --row-bytes 75
 
 It is the server of `scanwire serve` with the producers beside it. The scans are there from the start; SIGUSR1 starts
 the producers.
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=500)
     parser.add_argument("--rate", type=float, default=20, help="events per second and scan")
     parser.add_argument("--events", type=int, default=200, help="events for each scan")
-    parser.add_argument("--row-bytes", type=int, default=60)
+    parser.add_argument("--row-bytes", type=int, default=75)
     options = parser.parse_args()
     scan_ids = [make_scan_id(number) for number in range(options.scans)]
 
