@@ -84,7 +84,7 @@ def open_external_scan(server: Server, work: Work, *, websocket: bool = False, r
     params = {"title": "fan-out", "total": work.events, "unit": "events"}
     scan = fetch(server, "/v1/scans", {"scanner": "external", "params": params})
     headers = f"Authorization: Bearer {scan['producer_token']}\r\nContent-Type: application/x-ndjson\r\n"
-    row_bytes = max(34, work.frame_bytes - (140 if websocket else 180))
+    row_bytes = count_row_bytes(work, websocket=websocket)
 
     def make_post(stamps: Sequence[int]) -> list[bytes]:
         all_rows = [make_event(stamp, row_bytes) for stamp in stamps]
@@ -94,6 +94,11 @@ def open_external_scan(server: Server, work: Work, *, websocket: bool = False, r
 
     end = make_request("POST", f"/v1/scans/{scan['id']}/events", '{"type":"end","state":"completed"}', headers)
     return Feed(subscribe_to_scan(scan["id"], websocket=websocket), make_post, last=end)
+
+
+def count_row_bytes(work: Work, *, websocket: bool) -> int:
+    """The size of the one row of an event, such that its frame has the size that the work asks for."""
+    return max(34, work.frame_bytes - (138 if websocket else 178))
 
 
 def _split(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -59,6 +59,7 @@ def many_scans(bench: Bench) -> None:
 
 def _run_many(bench: Bench, work: Work, scans: int, *, websocket: bool) -> Run:
     options = {"--scans": scans, "--rate": work.rate, "--events": work.events}
+    options["--row-bytes"] = contenders.count_row_bytes(work, websocket=websocket)
     words = ["-m", "bench.peers.scanwire_many", *(str(word) for option in options.items() for word in option)]
     subscription = contenders.subscribe_to_scan(*map(make_scan_id, range(scans)), websocket=websocket)
     with (

@@ -219,7 +219,7 @@ static void report(uint64_t begun_ns) {
     double cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     printf("{\"expected\":%" PRIu64 ",\"received\":%" PRIu64 ",\"fewest\":%u,\"disordered\":%" PRIu64 ",\"closed\":%d,"
-           "\"bytes\":%" PRIu64 ",\"p50_ms\":%.3f,\"p99_ms\":%.3f,\"max_ms\":%.3f,\"events_s\":%.3f,\"whole_s\":%.3f,"
+           "\"bytes\":%" PRIu64 ",\"p50_ms\":%.3f,\"p99_ms\":%.3f,\"max_ms\":%.3f,\"events_s\":%.6f,\"whole_s\":%.6f,"
            "\"fewest_beats\":%u,\"longest_gap_s\":%.3f,\"load_cpu_s\":%.3f}\n",
            events_each * (uint64_t)wanted, received, fewest, disordered, closed, bytes, quantile_ms(0.5),
            quantile_ms(0.99), (double)max_latency_ns / 1e6, (double)(last_ns - first_ns) / 1e9,
