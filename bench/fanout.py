@@ -38,7 +38,7 @@ WORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "; ".join(f"{name}: {(work.__doc__ or '').splitlines()[0]}" for name, work in WORKS.items())
+    names = "; ".join(f"{name}: {(work.__doc__ or '').splitlines()[0].rstrip('.')}" for name, work in WORKS.items())
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help=f"only these. {names}")
     parser.add_argument("--quick", action="store_true", help="short runs and one round: to see that all works")
     parser.add_argument("--rounds", type=int, default=3)

@@ -156,8 +156,9 @@ def print_fanout(bench: Bench, title: str, runs: dict[str, list[Run]]) -> None:
                 f"{sum(reception.expected for reception in receptions):,}",
                 f"{sum(reception.received for reception in receptions):,}",
                 f"{speed:,.0f}",
+                f"{max(reception.load_cpu_s / max(reception.whole_s, 1e-3) for reception in receptions):.0%}",
                 f"{receptions[-1].bytes / max(1, receptions[-1].received):.0f}",
             )
         )
     headers = ("server", "CPU µs/delivery", "× floor", "p50 ms", "p99 ms", "max ms", "expected", "received")
-    print_table(f"{title} ({bench.describe_rounds()})", (*headers, "deliveries/s", "bytes each"), rows)
+    print_table(f"{title} ({bench.describe_rounds()})", (*headers, "deliveries/s", "load busy", "bytes each"), rows)

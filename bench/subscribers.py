@@ -33,8 +33,8 @@ class Reception:
     events_s: float  # from the first event to the last
     whole_s: float  # from the first connect to the last event
     fewest_beats: int  # heartbeats on the connection that got the fewest
-    longest_gap_s: float  # between two heartbeats of any connection
-    load_cpu_s: float
+    longest_gap_s: float  # without a heartbeat on any connection, once all were ready
+    load_cpu_s: float  # of the load itself: near to whole_s, it is what was measured
 
     @property
     def fault(self) -> str:
