@@ -135,7 +135,8 @@ class EventLog:
         return await self._write(log, Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
 
     async def _write(self, log: _ScanLog, write: Write) -> Scan:
-        committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
+        committed: asyncio.Future[Scan] = asyncio.get_running_loop().create_future()
+        self._waiting[id(write)] = committed
         self._journal.submit(write)
         return await committed  # its own: a caller that is cancelled cancels nothing else
 
