@@ -22,7 +22,7 @@ from app.core.estimate import POLL_MIN_S
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
-from app.push.subscriber import Puller
+from app.push.puller import Puller
 from app.push.wire import HttpConnection, find_wire
 
 _SCANS = "/v1/scans/"

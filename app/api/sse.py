@@ -17,8 +17,9 @@ from app.core.errors import AtCapacity, RateLimited, ScanwireError, UnknownScan
 from app.core.event import Cursor, EventType, make_event
 from app.engine.limits import StreamLease
 from app.push.frames import HEARTBEAT_NDJSON, HEARTBEAT_SSE, LINES, STREAM, Framing, frame_sse, open_sse
+from app.push.puller import Puller
 from app.push.reader import Reader
-from app.push.subscriber import Puller, Subscriber
+from app.push.subscriber import Subscriber
 from app.push.wire import HttpConnection, find_wire
 
 

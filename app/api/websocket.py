@@ -30,7 +30,8 @@ from app.engine.admission import Submission
 from app.engine.limits import StreamLease
 from app.engine.sessions import Presence
 from app.push.frames import MESSAGES, frame_message, frame_text
-from app.push.subscriber import Puller, Subscriber
+from app.push.puller import Puller
+from app.push.subscriber import Subscriber
 from app.push.wire import FINISH, WebSocketConnection, find_wire
 
 SUBPROTOCOL = "scanwire.v1"

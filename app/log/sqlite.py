@@ -7,6 +7,7 @@ import queue
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -36,6 +37,7 @@ CREATE TABLE checkpoints (
     PRIMARY KEY (scan, chunk)
 ) WITHOUT ROWID;
 """
+_APART_S = 0.002  # between the end of one transaction and the next
 _RETRY_S = (0.05, 0.1, 0.25, 0.5, 1.0)
 _READ_ROWS = 256
 
@@ -104,8 +106,12 @@ class SqliteJournal:
     def _write_all(self, connection: sqlite3.Connection, committed: Callable[[Sequence[Write]], None]) -> None:
         with closing(connection):
             is_open = True
+            ended = 0.0
             while is_open:
                 batch = [self._queue.get()]
+                # Under load more writes share a transaction; the first one after a rest is not kept waiting.
+                if batch[0] is not None and (wait_s := ended + _APART_S - time.monotonic()) > 0:
+                    self._closing.wait(wait_s)
                 while True:
                     try:
                         batch.append(self._queue.get_nowait())
@@ -118,6 +124,7 @@ class SqliteJournal:
                     committed(writes)
                 else:
                     self._left += writes
+                ended = time.monotonic()
 
     def _commit_until_done(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> bool:
         """False only when the journal is closed before it could be written again."""

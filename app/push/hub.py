@@ -11,8 +11,9 @@ from typing import NamedTuple
 from app.core.event import Cursor, Event, EventType, make_event
 from app.log.eventlog import EventLog
 from app.push.frames import Framing
+from app.push.puller import Puller
 from app.push.reader import Watch
-from app.push.subscriber import Puller, Pusher, Subscriber, Wire
+from app.push.subscriber import Pusher, Subscriber, Wire
 
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
 SLICE = 32  # subscribers that are written to before the clock is looked at
@@ -57,13 +58,15 @@ class Hub:
         self._is_scheduled = False
         self._rests_until = 0.0
         self._took_s = 0.0  # the flush under way, so far
+        self._oldest_ts: int | None = None  # of the durable events in it
         self._subscribers: set[Subscriber] = set()
         self._wheel: list[set[Pusher]] = [set() for _ in range(SPOKES)]
         self._spokes = cycle(self._wheel)
         self._farewell_ms: int | None = None  # set when the service drains
         self._pushed: Counter[str] = Counter()  # by those who have left
         self._flushes = 0
-        self.note_lag: Callable[[float], None] = lambda seconds: None  # from an event's making to its last write
+        # From the making of the oldest durable event in a flush to the last write, in seconds.
+        self.note_lag: Callable[[float], None] = lambda seconds: None
         log.listen(self._mark)
 
     # Flushing
@@ -99,6 +102,9 @@ class Hub:
                 loop.call_soon(self._flush)
                 return
         ended = time.monotonic()
+        if self._oldest_ts is not None:
+            self.note_lag((self._log.now_ms() - self._oldest_ts) / 1000)
+            self._oldest_ts = None
         self._rests_until = ended + min((self._took_s + ended - began) * REST, self._batch_max_s)
         self._pushing, self._is_scheduled = None, False
         self._schedule()
@@ -140,7 +146,7 @@ class Hub:
             if place % SLICE == 0:
                 yield
         if frames and events:
-            self.note_lag((log.now_ms() - events[0].ts) / 1000)
+            self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
 
     # Subscribers
 

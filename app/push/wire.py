@@ -17,11 +17,17 @@ import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from app.core.errors import InvalidRequest
+
 EXTENSION = "scanwire.wire"
+_NO_HTTP = (
+    "Header fields, such as Last-Event-ID, hold neither line breaks nor control characters, and a body has one length."
+)
 FINISH = "scanwire.finish"  # type of the message that a WebSocket receives when its subscriber has finished
 
 Kind = TypeVar("Kind", bound="Connection")
@@ -168,6 +174,13 @@ class HttpConnection(Connection, HttpToolsProtocol):
         super().finish()
         if self._finished is not None and not self._finished.done():
             self._finished.set_result(None)
+
+    def send_400_response(self, msg: str) -> None:
+        """As uvicorn's, for what is no HTTP: as a problem that says what to do."""
+        problem = orjson.dumps(InvalidRequest(f"{msg} {_NO_HTTP}").to_problem())
+        fields = (b"HTTP/1.1 400 Bad Request", b"content-type: application/problem+json", b"connection: close")
+        self.write(b"\r\n".join((*fields, b"content-length: %d" % len(problem), b"", problem)))
+        self.transport.close()
 
     def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
