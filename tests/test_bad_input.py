@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.typing import Subprotocol
 
-from tests.serving import Serving, serve
+from tests.serving import IS_WIRED, Serving, serve
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("both_paths", "nothing_is_held")]
 
@@ -180,16 +180,19 @@ async def finished(serving: Serving) -> str:
     return await _one_scan(serving)
 
 
-async def test_line_breaks_in_a_header_do_not_get_through(serving: Serving, finished: str) -> None:
+@pytest.mark.parametrize("value", ["abcd-1\r\nX-Injected\nmore: 1", "abcd\n-1", "abcd\r-1", "abcd\0-1"])
+async def test_line_breaks_in_a_header_do_not_get_through(serving: Serving, finished: str, value: str) -> None:
     host, port = serving.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(
-        f"GET /v1/scans/{finished}/events HTTP/1.1\r\nHost: {host}:{port}\r\n"
-        "Last-Event-ID: abcd-1\r\nX-Injected\nmore: 1\r\nConnection: close\r\n\r\n".encode()
-    )
+    head = f"GET /v1/scans/{finished}/events HTTP/1.1\r\nHost: {host}:{port}\r\nLast-Event-ID: {value}\r\n"
+    writer.write(f"{head}Connection: close\r\n\r\n".encode())
     answer = await reader.read()
     writer.close()
     assert answer.startswith(b"HTTP/1.1 400")
+    if IS_WIRED[0]:  # else it is uvicorn's own answer
+        head_bytes, _, body = answer.partition(b"\r\n\r\n")
+        assert b"content-type: application/problem+json" in head_bytes
+        assert "Last-Event-ID" in json.loads(body)["detail"]
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
