@@ -74,9 +74,12 @@ class EventLog:
         kept = await to_thread.run_sync(self._journal.open, committed)
         self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
         for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
+            events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
+            for event in events or ():
+                if (event.n or 0) > scan.n:
+                    scan = scan.fold(event.type, event.load_data(), event.ts, event.n or 0)
             log = self._logs[scan.id] = _ScanLog(scan, scan)
-            log.events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
-            log.size = sum(len(event.json) for event in log.events or ())
+            log.events, log.size = events, sum(len(event.json) for event in events or ())
         self._is_open = True
 
     def _read_all(self, scan_id: str) -> list[Event]:

@@ -29,7 +29,7 @@ class Write:
 
 
 class Kept(NamedTuple):
-    """What a journal holds when it is opened."""
+    """What a journal holds when it is opened. The latest matches of a scan may not be in its record yet."""
 
     epoch: str
     last_n: int

@@ -206,6 +206,11 @@ def _take_lock(lock: IO[str], path: Path) -> None:
         ) from None
 
 
+def _can_be_folded(write: Write) -> bool:
+    """Matches make the same of a scan whenever they are read, so its record need not be written with each of them."""
+    return bool(write.events) and all(event.type is EventType.MATCHES for event in write.events)
+
+
 def _put(connection: sqlite3.Connection, write: Write) -> None:
     scan = write.scan
     if write.trims or write.removes:
@@ -219,7 +224,8 @@ def _put(connection: sqlite3.Connection, write: Write) -> None:
         "INSERT INTO events (scan, n, seq, type, id, ts, json) VALUES (?, ?, ?, ?, ?, ?, ?)",
         [(event.scan, event.n, event.seq, event.type, event.id, event.ts, event.json) for event in write.events],
     )
-    connection.execute("INSERT OR REPLACE INTO scans (id, record) VALUES (?, ?)", (scan.id, scan.to_record()))
+    if not _can_be_folded(write):
+        connection.execute("INSERT OR REPLACE INTO scans (id, record) VALUES (?, ?)", (scan.id, scan.to_record()))
     if write.checkpoint is not None:
         skipped = orjson.dumps([asdict(one) for one in write.checkpoint.skipped])
         connection.execute(
