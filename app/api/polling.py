@@ -133,7 +133,10 @@ def hint_next(service: Service, client: str, scan: Scan) -> float | None:
         return None
     progress = service.log.get_progress(scan.id)
     version = (scan.n, None if progress is None else progress.done)
-    return service.sessions.poll(client, scan.id, version, service.runner.estimate_change(scan))
+    eta_s = service.runner.estimate_change(scan)
+    if scan.producer is not None and progress is not None:
+        eta_s = progress.eta_s
+    return service.sessions.poll(client, scan.id, version, eta_s)
 
 
 async def get_snapshot(request: Request) -> Response:

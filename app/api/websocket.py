@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.api.problems import close_reason
-from app.api.scans import explain_validation, make_answer
+from app.api.scans import make_answer
 from app.api.service import Service, get_client, get_service
 from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge
 from app.core.event import Cursor, EventType
@@ -189,9 +189,10 @@ class _Connection:
         try:
             asked = Submission.model_validate(command)
         except ValidationError as error:
-            raise explain_validation(error) from None
-        scan, joined = await self._service.admission.submit(self._client, asked, key)
-        return {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
+            raise InvalidParams.explain(error) from None
+        scan, joined, token = await self._service.admission.submit(self._client, asked, key)
+        reply = {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
+        return reply if token is None else {**reply, "producer_token": token}
 
 
 def _take_scan(op: str, command: dict[str, Any]) -> str:
