@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -116,7 +116,7 @@ def read_wait_s(request: Request, service: Service) -> float:
     return min(float(match[1]), service.settings.long_poll_max_s) if match else 0.0
 
 
-def read_cursor(request: Request) -> Cursor | None:
+def read_cursor(request: HTTPConnection) -> Cursor | None:
     """From `Last-Event-ID`, else from `?after=`. Raises InvalidCursor."""
     # A browser that reconnects sends the header, and the address it was opened with, which is older.
     given = (

@@ -20,11 +20,13 @@ import orjson
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from app.api.polling import read_cursor, require_known
 from app.api.problems import close_reason
 from app.api.scans import make_answer
 from app.api.service import Service, get_client, get_service
 from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge
 from app.core.event import Cursor, EventType
+from app.core.scan import Scan
 from app.engine.admission import Submission
 from app.push.frames import frame_text
 from app.push.subscriber import Subscriber
@@ -36,15 +38,24 @@ _MAX_REF_CHARS = 100
 
 
 async def serve_websocket(websocket: WebSocket) -> None:
-    """Charges the connect bucket before the handshake is answered, so that a refusal is a plain HTTP answer."""
+    """Charges the connect bucket before the handshake is answered, so that a refusal is a plain HTTP answer.
+
+    With `?scan=A&scan=B&after=CURSOR` it subscribes at once, for clients that only listen.
+    """
     service, client = get_service(websocket), get_client(websocket)
     offered = websocket.scope.get("subprotocols") or []
     if offered and SUBPROTOCOL not in offered:
         raise InvalidRequest(f"Sec-WebSocket-Protocol: this address speaks {SUBPROTOCOL}.")
+    scan_ids = list(dict.fromkeys(websocket.query_params.getlist("scan")))
+    after = read_cursor(websocket)
+    if scan_ids or after:
+        require_known(service, scan_ids)
     service.limits.charge("connect", client)
     with service.limits.open_stream(client), service.hub.connect("websocket") as subscriber:
         await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
         connection = _Connection(service, client, websocket, subscriber)
+        for scan_id in scan_ids:
+            connection.watch(scan_id, after)
         with contextlib.suppress(WebSocketDisconnect):
             await connection.serve()
 
@@ -171,7 +182,11 @@ class _Connection:
         scan_id = _take_scan("subscribe", command)
         if not isinstance(after, str | None):
             raise InvalidParams.of("after", "must be a cursor, as text")
-        cursor = Cursor.parse(after) if after else None
+        scan = self.watch(scan_id, Cursor.parse(after) if after else None)
+        return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+
+    def watch(self, scan_id: str, cursor: Cursor | None) -> Scan:
+        """The scan, whose events come from now on. Raises UnknownScan, and InvalidParams for one too many."""
         scan = self._service.log.get(scan_id)
         limit = self._service.settings.max_scans_per_stream
         if scan_id not in self._sessions and len(self._sessions) >= limit:
@@ -180,7 +195,7 @@ class _Connection:
         if scan_id not in self._sessions:
             session = self._sessions[scan_id] = contextlib.ExitStack()
             session.enter_context(self._service.sessions.stream(self._client, [scan_id]))
-        return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+        return scan
 
     async def _submit(self, command: dict[str, Any]) -> dict[str, Any]:
         key = command.pop("idempotency_key", None)
