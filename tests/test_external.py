@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import shutil
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest_asyncio
 from app.api import models
 from app.core.scan import digest_rows
 from app.core.settings import hash_key
+from tests.conftest import require
 from tests.serving import Serving, serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -499,6 +502,22 @@ async def test_who_has_the_token_may_post_and_yet_not_cancel(tmp_path: Path, sam
         serving.http.headers["X-API-Key"] = "bob"
         check_refusal(await serving.http.delete(f"/v1/scans/{scan.id}"), 403)
         await scan.appended({"type": "end", "state": "cancelled"})
+
+
+async def test_the_example_of_the_readme_works_word_for_word(serving: Serving, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```sh\n(curl -s --json .*?)```", readme, re.DOTALL)
+    require(shutil.which("curl") is not None, "curl is not installed")
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-ec", example.replace("http://localhost:8000", serving.url), cwd=tmp_path, stdout=PIPE, stderr=PIPE
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert out.count(b'"cursor":') == 3
+    snapshot = json.loads((tmp_path / "scan.json").read_text())
+    scan = Production(serving, snapshot)
+    assert [event["type"] for event in await scan.events()] == ["started", "matches", "end"]
+    assert await scan.rows() == [{"page": "a", "errors": 2}]
 
 
 async def test_over_the_websocket_the_token_comes_with_the_reply(serving: Serving) -> None:

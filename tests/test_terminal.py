@@ -59,7 +59,7 @@ def test_columns_that_do_not_fit_are_left_out_and_no_line_wraps(width: int) -> N
 
 def test_rows_of_other_programs_may_hold_anything_under_any_name() -> None:
     """They can neither break the display nor command the terminal."""
-    rows = [
+    rows: list[dict[str, object]] = [
         {"symbol": None, "close": "n/a", "volume": True, "gap_pct": "[/x]", "adv20_usd": "\x1b[2J", "[red]\n": 1},
         {"close": 2, "[red]\n": "[bold]"},
     ]
