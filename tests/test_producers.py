@@ -11,7 +11,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.core.errors import AtCapacity, Conflict, InvalidParams
+from app.core.errors import AtCapacity, Conflict, InvalidParams, JournalUnavailable
 from app.core.scan import Scan, State, digest_rows
 from app.core.settings import Settings
 from app.engine.admission import Admission, Submission
@@ -111,6 +111,20 @@ async def test_a_refused_request_is_no_sign_of_life(engine: Engine) -> None:
         await engine.producers.append(scan.id, [ProgressMade(type="progress", done=2)])
     engine.now += 1
     assert (await engine.reaper.reap())["lost"] == 1
+
+
+async def test_while_the_journal_cannot_be_written_a_post_is_refused_and_yet_a_sign_of_life(engine: Engine) -> None:
+    scan = await engine.submit()
+    engine.now += 59
+    engine.log._journal.fault = "The journal cannot be written (disk is full)."
+    with pytest.raises(JournalUnavailable) as refused:
+        await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[ROW])], 1)
+    assert refused.value.retry_after_s == 10
+    engine.log._journal.fault = None
+    engine.now += 59
+    assert (await engine.reaper.reap())["lost"] == 0
+    await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[ROW])], 1)
+    assert await engine.rows(engine.log.get(scan.id)) == [ROW]
 
 
 async def test_after_a_restart_silence_counts_from_the_restart(tmp_path: Path, store: Store) -> None:

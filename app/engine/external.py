@@ -222,6 +222,8 @@ class Producers:
         work = self._works.get(scan_id)
         producer = work.producer if work is not None else scan.producer
         if self._log.fault is not None:
+            if work is not None:
+                work.heard = self._clock()  # it is not the producer that is silent
             raise JournalUnavailable(f"{self._log.fault} Post the same again later.", retry_after_s=10)
         if number is not None and producer is not None and number != producer.seq + 1:
             if number > producer.seq:
