@@ -186,6 +186,27 @@ async def test_work_done_before_a_restart_says_nothing_of_the_rate_after_it(tmp_
         assert told.eta_s[0] < 40 < told.eta_s[1]
 
 
+async def test_rows_that_were_only_counted_are_not_forgotten_by_a_restart(tmp_path: Path, store: Store) -> None:
+    engine = Engine(tmp_path, store, max_matches=1)
+    async with engine.run():
+        scan = await engine.submit()
+        await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[ROW])])
+        await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[ROW])])
+    async with engine.run():
+        ended = await engine.producers.append(scan.id, [WorkEnded(type="end", state="completed")])
+        assert ended.end is not None
+        assert (ended.end["matches"], ended.end["truncated"]) == (1, True)
+
+
+async def test_a_row_may_have_as_many_bytes_as_the_bound_says(tmp_path: Path, store: Store) -> None:
+    async with Engine(tmp_path, store, max_row_bytes=20).run() as engine:
+        scan = await engine.submit()
+        await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[{"a": "x" * 12}])])
+        with pytest.raises(InvalidParams, match=r"events\.0\.rows\.0: has more than 20 bytes"):
+            await engine.producers.append(scan.id, [MatchesFound(type="matches", rows=[{"a": "x" * 13}])])
+        assert await engine.rows(engine.log.get(scan.id)) == [{"a": "x" * 12}]
+
+
 ROWS = st.dictionaries(
     st.text(max_size=5),
     st.none() | st.booleans() | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)

@@ -283,7 +283,7 @@ class Producers:
         found = draft.producer.found
         for place, row in enumerate(rows):
             line = canonical_row(row) + b"\n"
-            if len(line) > settings.max_row_bytes:
+            if len(line) - 1 > settings.max_row_bytes:
                 raise InvalidParams.of(f"{field}.{place}", f"has more than {settings.max_row_bytes} bytes")
             has_place = draft.kept < settings.max_matches and draft.kept_bytes + len(line) <= settings.max_rows_bytes
             if has_place and draft.kept == found:  # behind one that was not kept, none is
@@ -294,6 +294,8 @@ class Producers:
         draft.producer = replace(draft.producer, found=found)
 
     async def _accept(self, work: _Work, draft: _Draft, *, is_numbered: bool) -> Scan:
+        # Progress alone is not kept, except with the number of its request; rows are, if only as a count.
+        is_kept = is_numbered or draft.producer.found > work.producer.found
         work.heard = self._clock()
         work.producer, work.digest = draft.producer, draft.digest
         work.kept, work.kept_bytes = draft.kept, draft.kept_bytes
@@ -309,7 +311,7 @@ class Producers:
             state = State(draft.end.state)
             error = ProducerFailed(draft.end.error or "It gave no reason.") if state is State.FAILED else None
             return await self._end(work, state, error, parts)
-        if parts or is_numbered:
+        if is_kept:
             scan = await self._log.append(work.scan_id, *parts, producer=work.producer)
         else:
             scan = self._log.get(work.scan_id)
