@@ -36,6 +36,7 @@ from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.metrics import Metrics
 from app.push.hub import Hub
+from app.push.wire import EXTENSION, Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -95,22 +96,24 @@ async def get_page(request: Request) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def _run_service(app: Starlette) -> AsyncIterator[None]:
+async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """Everything that lives as long as the service. Stopped in the opposite order: work first, the journal last."""
     settings: Settings = app.state.settings
     now_ms = make_clock_ms()
-    metrics = Metrics(now_ms)
+    metrics = Metrics()
     log = EventLog(
         SqliteJournal(settings.state_dir / "journal.db"),
         now_ms=now_ms,
         memory_bytes=settings.log_memory_bytes,
+        progress_per_s=settings.progress_per_s,
     )
     await log.open()
     try:
         async with Runner(settings, log, clock=time.monotonic) as runner:
             await runner.warm_up()
             store = await runner.call_worker(inspect_prices, await _find_prices(settings, runner))
-            hub = Hub(log)
+            hub = Hub(log, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
+            hub.note_lag = metrics.note_push_lag
             limits = Limits(settings)
             sessions = Sessions(
                 idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=time.monotonic
@@ -142,11 +145,12 @@ async def _run_service(app: Starlette) -> AsyncIterator[None]:
             # What was loaded to start lives as long as the service: the collector need not look at it again.
             gc.collect()
             gc.freeze()
-            timers = [asyncio.create_task(reaper.run()), asyncio.create_task(metrics.measure_loop_lag())]
+            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag())
+            timers = [asyncio.create_task(work) for work in endless]
             try:
                 with _on_stop_signal(drain):
                     logger.info("ready", extra={"action": "ready"})
-                    yield
+                    yield {EXTENSION: Bounds(settings.high_water_bytes, settings.stall_s)}
                 drain()
             finally:
                 for timer in timers:

@@ -10,6 +10,7 @@ import pytest
 
 from app.market.sample import make_sample, make_synthetic
 from app.scanners import registry
+from tests.serving import IS_WIRED
 from tests.trial_scanners import ENTRY_POINTS
 
 SHARED_PRICES = Path(__file__).parents[2] / "shared" / "data" / "sp500_daily_2013_2018.parquet"
@@ -94,3 +95,11 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     yield gate
     if not gate.path.is_file():
         gate.open()
+
+
+@pytest.fixture(scope="module", params=["wire", "asgi"])
+def both_paths(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs tests over both ways from the log to a peer: straight to uvicorn's transport, and by ASGI's `send`."""
+    IS_WIRED[0] = request.param == "wire"
+    yield
+    IS_WIRED[0] = True

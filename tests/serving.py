@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from app.api.service import Service
 from app.application import create_app
 from app.core.settings import Settings
+from app.push.wire import HttpConnection, WebSocketConnection
 
 # No test is about these unless it says so.
 GENEROUS = {
@@ -31,6 +32,9 @@ GENEROUS = {
     "max_streams_per_client": 1000,
     "drain_s": 1,
 }
+
+# Whether frames are written straight to the transport, or through any ASGI server's `send`; see `both_paths`.
+IS_WIRED = [True]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,15 @@ async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        protocols: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
         config = uvicorn.Config(
-            app, lifespan="on", log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=5
+            app,
+            lifespan="on",
+            log_level="warning",
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,
+            timeout_graceful_shutdown=5,
+            **protocols,
         )
         server = uvicorn.Server(config)
         with contextlib.ExitStack() as stack:

@@ -18,7 +18,10 @@ from app.core.scan import digest_rows
 from tests.conftest import Gate, until
 from tests.serving import Serving, serve
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("trial_scanners", "nothing_leaks")]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.usefixtures("both_paths", "trial_scanners", "nothing_leaks"),
+]
 
 SSE = {"Accept": "text/event-stream"}
 NDJSON = {"Accept": "application/x-ndjson"}
@@ -26,7 +29,7 @@ NDJSON = {"Accept": "application/x-ndjson"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(
-    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, trial_scanners: None
+    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, trial_scanners: None, both_paths: None
 ) -> AsyncIterator[Serving]:
     async with serve(tmp_path_factory.mktemp("state"), sample_prices, chunk_rows=1, heartbeat_s=0.2) as serving:
         yield serving
@@ -434,7 +437,7 @@ async def test_a_client_with_empty_buckets_is_told_when_to_come_back_and_that_is
     tmp_path: Path, sample_prices: Path
 ) -> None:
     async with serve(
-        tmp_path, sample_prices, submit_per_min=2, connect_burst=1, connect_per_s=0.01, read_burst=3, read_per_s=0.01
+        tmp_path, sample_prices, submit_per_min=2, connect_burst=1, connect_per_s=0.01, read_burst=5, read_per_s=0.01
     ) as serving:
         body = {"scanner": "gap-up", "reuse": "never"}
         for _ in range(2):

@@ -15,11 +15,13 @@ from websockets.typing import Subprotocol
 
 from tests.serving import Serving, serve
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("nothing_is_held")]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("both_paths", "nothing_is_held")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def serving(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> AsyncIterator[Serving]:
+async def serving(
+    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, both_paths: None
+) -> AsyncIterator[Serving]:
     async with serve(tmp_path_factory.mktemp("state"), sample_prices) as serving:
         yield serving
 

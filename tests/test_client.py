@@ -15,14 +15,14 @@ from app.follow import NDJSON, POLL, SSE
 from tests.conftest import Gate
 from tests.serving import Serving, serve
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("trial_scanners")]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("both_paths", "trial_scanners")]
 
 RELAXED = {"preset": "relaxed", "start": "2005-01-01"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(
-    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, trial_scanners: None
+    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, trial_scanners: None, both_paths: None
 ) -> AsyncIterator[Serving]:
     async with serve(tmp_path_factory.mktemp("state"), sample_prices, chunk_rows=1) as serving:
         yield serving

@@ -196,7 +196,8 @@ async def test_progress_is_the_latest_and_goes_with_the_end(tmp_path: Path) -> N
             log.publish("s_test", Progress(done=done, total=2, unit="symbols"))
         event = log.get_progress_event("s_test")
         assert event is not None
-        assert (event.load_data()["done"], event.seq, event.id) == (2, 2, None)
+        assert (event.load_data()["done"], event.seq, event.id) == (1, 2, None)
+        assert log.get_progress("s_test") == Progress(done=2, total=2, unit="symbols")
         await log.append("s_test", ended(State.COMPLETED))
         assert log.get_progress_event("s_test") is None
 

@@ -239,6 +239,8 @@ async def test_every_refusal_is_as_documented(tmp_path: Path, prices: Path) -> N
         with serving.service.limits.open_stream("ip:127.0.0.1"):
             refused.append((429, "/v1/events", await refuse_last(http, f"/v1/events?scan={scan_id}", NDJSON)))
         refused.append((429, scan, await refuse_last(http, at, {})))
+        for _ in range(2):
+            serving.service.limits.refund("read", "ip:127.0.0.1")
         serving.service.admission.is_draining = True
         refused += [
             (503, "/v1/scans", await http.post("/v1/scans", json={**body, "reuse": "never"})),

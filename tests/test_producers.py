@@ -127,6 +127,19 @@ async def test_while_the_journal_cannot_be_written_a_post_is_refused_and_yet_a_s
     assert await engine.rows(engine.log.get(scan.id)) == [ROW]
 
 
+async def test_an_end_whose_request_did_not_wait_for_the_journal_is_an_end(engine: Engine) -> None:
+    scan = await engine.submit()
+    ending = asyncio.create_task(engine.producers.append(scan.id, [WorkEnded(type="end", state="completed")], 1))
+    await asyncio.sleep(0)
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    # The same again is acknowledged when it is committed, and not before.
+    assert (await engine.producers.append(scan.id, [], 1)).state is State.COMPLETED
+    await engine.reaper.reap()
+    assert engine.producers.active == 0
+
+
 async def test_after_a_restart_silence_counts_from_the_restart(tmp_path: Path, store: Store) -> None:
     engine = Engine(tmp_path, store)
     async with engine.run():

@@ -13,10 +13,9 @@ from app.core.errors import UnknownScan
 from app.core.event import Cursor, Event, EventType, make_event
 from app.core.scan import Progress, State
 from app.log.eventlog import EventLog
-from app.push import subscriber as subscriber_module
+from app.push import reader as reader_module
 from app.push.frames import frame_ndjson, frame_sse, frame_text
 from app.push.hub import Hub
-from app.push.subscriber import Subscriber
 from tests.conftest import until
 from tests.test_log import open_log
 from tests.test_scan import QUEUED, STARTED, ended, found, make_scan
@@ -31,7 +30,7 @@ async def add_scan(log: EventLog, name: str, *parts: Any) -> None:
 
 
 async def collect(hub: Hub, *scans: str, cursor: Cursor | None = None) -> list[Event]:
-    with hub.connect("test") as subscriber:
+    with hub.pull("test") as subscriber:
         for name in scans:
             hub.subscribe(subscriber, name, cursor)
         return [event async for batch in subscriber.batches() for event in batch]
@@ -91,21 +90,24 @@ def test_small_pages_neither_lose_nor_reorder_across_scans(
             assert [event.n for event in events] == list(range(1, 10 + len(steps)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subscriber_module, "READ_BYTES", page)
+        patch.setattr(reader_module, "READ_BYTES", page)
         asyncio.run(run())
 
 
 async def test_progress_is_folded_to_the_latest_and_comes_after_its_seq(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED, STARTED)
-        subscriber = Subscriber(log, "test")
+        subscriber = Hub(log).pull("test")
         subscriber.watch("s_a", None)
         for done in range(1, 50):
             log.publish("s_a", Progress(done=done, total=50, unit="symbols"))
         batch = await subscriber.read()
         assert [event.type for event in batch] == [EventType.QUEUED, EventType.STARTED, EventType.PROGRESS]
-        assert batch[-1].load_data()["done"] == 49
+        assert batch[-1].load_data()["done"] == 1
         assert await subscriber.read() == []
+        await until(lambda: log.get_progress_event("s_a") is not batch[-1])
+        (last,) = await subscriber.read()
+        assert last.load_data()["done"] == 49
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ async def test_a_scan_that_is_reaped_while_it_is_watched_is_told_and_the_others_
         await add_scan(log, "s_a", QUEUED, ended(State.LOST))
         await add_scan(log, "s_b", QUEUED)
         hub = Hub(log)
-        with hub.connect("test") as subscriber:
+        with hub.pull("test") as subscriber:
             for name in ("s_a", "s_b"):
                 hub.subscribe(subscriber, name, None)
             assert len(await subscriber.read()) == 3
@@ -156,9 +158,9 @@ async def test_a_scan_that_is_reaped_while_it_is_watched_is_told_and_the_others_
 async def test_an_unknown_scan_cannot_be_watched(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         hub = Hub(log)
-        with hub.connect("test") as subscriber, pytest.raises(UnknownScan):
+        with hub.pull("test") as subscriber, pytest.raises(UnknownScan):
             hub.subscribe(subscriber, "s_none", None)
-        assert hub.statistics() == ({}, 0, 0)
+        assert hub.statistics() == ({}, {"test": 0}, 0, 0)
 
 
 async def test_leaving_takes_a_subscriber_out_of_every_channel(tmp_path: Path) -> None:
@@ -176,7 +178,7 @@ async def test_however_much_is_appended_in_one_turn_there_is_one_flush(tmp_path:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED, STARTED)
         hub = Hub(log)
-        with hub.connect("test") as subscriber:
+        with hub.pull("test") as subscriber:
             hub.subscribe(subscriber, "s_a", None)
             for done in range(100):
                 log.publish("s_a", Progress(done=done, total=100, unit="symbols"))
@@ -200,7 +202,7 @@ async def test_at_a_drain_every_subscriber_hears_bye_and_then_the_stream_ends(tm
 async def test_silence_is_filled_with_heartbeats(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED)
-        subscriber = Subscriber(log, "test")
+        subscriber = Hub(log).pull("test")
         subscriber.watch("s_a", None)
         batches = subscriber.batches(heartbeat_s=0.001)
         assert len(await anext(batches)) == 1

@@ -23,6 +23,7 @@ from app.core.errors import (
     NotAcceptable,
     RateLimited,
     ScanwireError,
+    SlowBody,
     TokenRequired,
     Trimmed,
     UnknownScan,
@@ -159,6 +160,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             },
             refusals=(
                 InvalidRequest,
+                SlowBody,
                 Conflict,
                 UnsupportedMedia,
                 InvalidParams,
@@ -246,7 +248,15 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
                 NDJSON: {"x-item-schema": {"$ref": REF.format(model="PostedEvent")}},
             },
             answers={202: Answer(text="All of it is in the journal.", content={JSON: external.Appended})},
-            refusals=(TokenRequired, UnknownScan, Conflict, UnsupportedMedia, InvalidParams, JournalUnavailable),
+            refusals=(
+                TokenRequired,
+                UnknownScan,
+                Conflict,
+                SlowBody,
+                UnsupportedMedia,
+                InvalidParams,
+                JournalUnavailable,
+            ),
             needs_token=True,
         ),
         Endpoint(

@@ -1,5 +1,6 @@
 """What producers of external scans post: POST /v1/scans/{id}/events."""
 
+import asyncio
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -12,8 +13,9 @@ from starlette.responses import Response
 
 from app.api.formats import JSON, NDJSON
 from app.api.models import Count, CursorText, Wire
+from app.api.scans import read_body
 from app.api.service import get_service
-from app.core.errors import InvalidParams, UnsupportedMedia
+from app.core.errors import InvalidParams, JournalUnavailable, UnsupportedMedia
 from app.core.event import Cursor
 from app.engine.external import Said
 
@@ -53,7 +55,15 @@ async def post_events(request: Request) -> Response:
     service.producers.check_token(scan_id, _read_token(request))  # before anything is read of the body
     number = _read_number(request)
     said = await _read_events(request)
-    scan = await service.producers.append(scan_id, said, number)
+    try:
+        async with asyncio.timeout(service.settings.commit_wait_s):
+            scan = await service.producers.append(scan_id, said, number)
+    except TimeoutError:
+        raise JournalUnavailable(
+            "The journal cannot be written just now, so it is not sure that this is kept. Post the same again: "
+            "with the same Producer-Seq it will not be appended twice.",
+            retry_after_s=10,
+        ) from None
     answer = {"cursor": str(Cursor(service.log.epoch, scan.n)), "seq": scan.seq}
     return Response(orjson.dumps(answer), 202, {"Cache-Control": "no-store"}, JSON)
 
@@ -73,11 +83,11 @@ def _read_number(request: Request) -> int | None:
 
 
 async def _read_events(request: Request) -> list[Said]:
-    """The events of the body. Raises UnsupportedMedia, TooLarge, and InvalidParams, which names what is wrong."""
+    """The events of the body. Raises UnsupportedMedia, TooLarge, SlowBody, and InvalidParams, naming each field."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in (JSON, NDJSON):
         raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
-    body = await request.body()
+    body = await read_body(request)
     if media_type == NDJSON:
         lines = [line for line in body.split(b"\n") if line.strip()]
         values: Any = [_parse(line, f"events.{place}") for place, line in enumerate(lines)]

@@ -84,6 +84,7 @@ class RunnerStatus(Wire):
 
 class HubStatus(Wire):
     subscribers: dict[str, int]
+    pushed: Annotated[dict[str, int], Field(description="events since the start, by transport")]
     channels: Count
     flushes: Count
 

@@ -18,10 +18,12 @@ from app.api.problems import refuse
 from app.api.security import DATA_HEADERS, Security, add_security_headers
 from app.api.service import Service, get_client, get_service
 from app.core.errors import InvalidParams, ScanwireError
+from app.core.estimate import POLL_MIN_S
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
-from app.push.subscriber import Subscriber
+from app.push.subscriber import Puller
+from app.push.wire import HttpConnection, find_wire
 
 _SCANS = "/v1/scans/"
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
@@ -87,6 +89,9 @@ class PlainPolls:
             return
         if_none_match = headers.get(b"if-none-match", b"")
         status, fields, body = _encode_answer(service, self._snapshots, client, scan, if_none_match)
+        if (wire := find_wire(scope, HttpConnection)) is not None:
+            wire.respond(status, (*fields, *DATA_HEADERS), body)
+            return
         await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})
         await send({"type": "http.response.body", "body": body})
 
@@ -127,12 +132,15 @@ def read_cursor(request: HTTPConnection) -> Cursor | None:
     return cursors[0] if cursors else None
 
 
-def hint_next(service: Service, client: str, scan: Scan) -> float | None:
-    """Seconds until this client's next poll of this scan is worth making; None when nothing more will come."""
+def hint_next(service: Service, client: str, scan: Scan, after: int = 0) -> float | None:
+    """Seconds until this client's next poll of this scan is worth making; None when nothing more will come.
+
+    `after` is how far the client has read, for one that reads events: when that moved, something has changed.
+    """
     if scan.state.is_terminal:
         return None
     progress = service.log.get_progress(scan.id)
-    version = (scan.n, None if progress is None else progress.done)
+    version = (scan.n, None if progress is None else progress.done, after)
     eta_s = service.runner.estimate_change(scan)
     if scan.producer is not None and progress is not None:
         eta_s = progress.eta_s
@@ -146,8 +154,11 @@ async def get_snapshot(request: Request) -> Response:
     scan = service.log.get(request.path_params["id"])
     cursor, wait_s = read_cursor(request), read_wait_s(request, service)
     waits = wait_s > 0 and cursor is not None and not scan.state.is_terminal
-    if waits and cursor is not None:
-        await _wait_past(service, client, scan.id, cursor, wait_s)
+    if waits:
+        with service.hub.pull("long-poll") as subscriber:
+            service.hub.subscribe(subscriber, scan.id, cursor)
+            if not _has_durable(await subscriber.read()):
+                await _hold(request, subscriber, [scan.id], wait_s)
         scan = service.log.get(scan.id)
     if_none_match = request.headers.get("if-none-match", "").encode("latin-1")
     status, headers, body = _encode_answer(service, request.app.state.snapshots, client, scan, if_none_match)
@@ -158,24 +169,44 @@ async def get_snapshot(request: Request) -> Response:
     return response
 
 
-async def _wait_past(service: Service, client: str, scan_id: str, cursor: Cursor, wait_s: float) -> None:
-    """Returns when there are durable events behind the cursor, or when the time is over."""
+async def _hold(request: Request, subscriber: Puller, scan_ids: Sequence[str], wait_s: float) -> list[Event]:
+    """What comes next, as soon as something durable does; nothing when the time is over or the client has left.
+
+    News of progress end the wait too, but not before POLL_MIN_S: a long poll should not become a fast one.
+    """
+    service, client = get_service(request), get_client(request)
     service.limits.charge("connect", client)
-    with (
-        service.limits.open_stream(client),
-        service.hub.connect("long-poll") as subscriber,
-        service.sessions.stream(client, [scan_id]),
-    ):
-        service.hub.subscribe(subscriber, scan_id, cursor)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
-                await _wait_durable(subscriber)
+    with service.limits.open_stream(client), service.sessions.stream(client, scan_ids, is_poll=True):
+        waiting = asyncio.create_task(_wait_for_news(subscriber, wait_s))
+        leaving = asyncio.create_task(_wait_until_gone(request))
+        try:
+            await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            return waiting.result() if waiting.done() else []
+        finally:
+            waiting.cancel()
+            leaving.cancel()
+            await asyncio.gather(waiting, leaving, return_exceptions=True)
 
 
-async def _wait_durable(subscriber: Subscriber) -> None:
-    async for batch in subscriber.batches():
-        if any(event.type is not EventType.PROGRESS for event in batch):
-            return
+async def _wait_for_news(subscriber: Puller, wait_s: float) -> list[Event]:
+    latest: list[Event] = []
+    earliest = asyncio.get_running_loop().time() + POLL_MIN_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(wait_s) as limit, contextlib.aclosing(subscriber.batches()) as batches:
+            async for latest in batches:
+                if _has_durable(latest):
+                    break
+                limit.reschedule(min(earliest, limit.when() or earliest))
+    return latest
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _has_durable(batch: Sequence[Event]) -> bool:
+    return any(event.type is not EventType.PROGRESS for event in batch)
 
 
 async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cursor | None) -> Response:
@@ -184,41 +215,27 @@ async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cur
     service.limits.charge("read", client)
     wait_s = read_wait_s(request, service)
     headers = {"Cache-Control": "no-store", **service.limits.headers("read", client)}
-    with service.hub.connect("poll") as subscriber:
+    with service.hub.pull("poll") as subscriber:
         for scan_id in scan_ids:
             service.hub.subscribe(subscriber, scan_id, cursor)
         batch = await subscriber.read()
-        if not batch and wait_s and not subscriber.is_done:
-            service.limits.charge("connect", client)
+        if wait_s and not _has_durable(batch) and not subscriber.is_done:
             headers["Preference-Applied"] = f"wait={wait_s:g}"
-            with service.limits.open_stream(client), service.sessions.stream(client, scan_ids):
-                batch = await _wait_any(subscriber, wait_s)
+            batch = await _hold(request, subscriber, scan_ids, wait_s) or batch
         after = max([watch.after for watch in subscriber.watches.values()] + [event.n or 0 for event in batch])
         is_closed = subscriber.is_done
-        has_more = any(
-            (scan := service.log.find(scan_id)) is not None and watch.after < scan.n
-            for scan_id, watch in subscriber.watches.items()
-        )
-    hints = [hint for scan_id in scan_ids if (hint := _hint(service, client, scan_id)) is not None]
-    poll_after_s = 0.0 if has_more else min(hints, default=None)
+        scans = [scan for scan_id in scan_ids if (scan := service.log.find(scan_id)) is not None]
+        has_more = any(subscriber.watches[scan.id].after < scan.n for scan in scans)
+    if has_more:
+        poll_after_s: float | None = service.limits.retry_after_s("read", client)
+    else:
+        hints = [hint for scan in scans if (hint := hint_next(service, client, scan, after)) is not None]
+        poll_after_s = min(hints, default=None)
     if poll_after_s is not None:
         headers["Retry-After"] = str(math.ceil(poll_after_s))
     tail = {"cursor": str(Cursor(service.log.epoch, after)), "closed": is_closed, "poll_after_s": poll_after_s}
     body = b'{"events":[' + b",".join(event.json for event in batch) + b"]," + orjson.dumps(tail)[1:]
     return Response(body, headers=headers, media_type=JSON)
-
-
-async def _wait_any(subscriber: Subscriber, wait_s: float) -> list[Event]:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(wait_s):
-            async for batch in subscriber.batches():
-                return batch
-    return []
-
-
-def _hint(service: Service, client: str, scan_id: str) -> float | None:
-    scan = service.log.find(scan_id)
-    return None if scan is None else hint_next(service, client, scan)
 
 
 def require_known(service: Service, scan_ids: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Scans over HTTP: submit, list, cancel, and what was found."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from app.api.formats import CSV, JSON, NDJSON, PARQUET, choose_format
 from app.api.polling import hint_next
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, InvalidRequest, Trimmed, UnsupportedMedia
+from app.core.errors import InvalidParams, InvalidRequest, SlowBody, Trimmed, UnsupportedMedia
 from app.core.event import EventType
 from app.core.scan import Scan
 from app.core.snapshot import make_snapshot
@@ -32,13 +33,24 @@ def make_answer(service: Service, client: str, scan: Scan, *, joined: bool = Fal
     return make_snapshot(scan, progress, service.log.epoch, joined=joined, poll_after_s=poll_after_s)
 
 
+async def read_body(request: Request) -> bytes:
+    """The body. Raises TooLarge, SlowBody."""
+    wait_s = get_service(request).settings.body_wait_s
+    try:
+        async with asyncio.timeout(wait_s):
+            return await request.body()
+    except TimeoutError:
+        raise SlowBody(f"The body was not there after {wait_s:g} s. Send it in one go.") from None
+
+
 async def read_json(request: Request) -> Any:
-    """The body, which must be JSON. Raises InvalidRequest, UnsupportedMedia, TooLarge."""
+    """The body, which must be JSON. Raises InvalidRequest, UnsupportedMedia, TooLarge, SlowBody."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != JSON:
         raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON}.")
+    body = await read_body(request)
     try:
-        return orjson.loads(await request.body())
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
 
@@ -46,6 +58,7 @@ async def read_json(request: Request) -> Any:
 async def submit_scan(request: Request) -> Response:
     """POST /v1/scans"""
     service, client = get_service(request), get_client(request)
+    service.limits.charge("read", client)  # what is refused or joined costs time as well
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest('The body is not a JSON object such as {"scanner":"gap-up"}.')
@@ -54,6 +67,8 @@ async def submit_scan(request: Request) -> Response:
     except ValidationError as error:
         raise InvalidParams.explain(error) from None
     scan, joined, token = await service.admission.submit(client, asked, request.headers.get("idempotency-key"))
+    if not joined:
+        service.limits.refund("read", client)
     answer = make_answer(service, client, scan, joined=joined)
     if token is not None:
         answer["producer_token"] = token
@@ -161,6 +176,8 @@ async def _read_matches(service: Service, scan: Scan) -> AsyncIterator[Any]:
     """The events with matches, up to the state that `scan` is in."""
     after = 0
     while after < scan.n and (events := await service.log.read(scan.id, after)):
+        if service.log.get(scan.id).is_trimmed:
+            raise Trimmed("The rows went past their retention while they were read. Submit the scan again.")
         for event in events:
             after = event.n or 0
             if after <= scan.n and event.type is EventType.MATCHES:

@@ -1,7 +1,9 @@
 """Events as they come: server-sent events, and the same as newline-delimited JSON."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.requests import Request
@@ -11,10 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.formats import JSON, NDJSON, SSE, choose_format
 from app.api.polling import get_events_page, read_cursor, require_known
 from app.api.service import Service, get_client, get_service
-from app.core.errors import AtCapacity, RateLimited, ScanwireError
-from app.core.event import Cursor, Event, EventType, make_event
-from app.push.frames import HEARTBEAT_NDJSON, HEARTBEAT_SSE, frame_ndjson, frame_sse, open_sse
-from app.push.subscriber import Subscriber
+from app.core.errors import AtCapacity, RateLimited, ScanwireError, UnknownScan
+from app.core.event import Cursor, EventType, make_event
+from app.engine.limits import StreamLease
+from app.push.frames import HEARTBEAT_NDJSON, HEARTBEAT_SSE, LINES, STREAM, Framing, frame_sse, open_sse
+from app.push.reader import Reader
+from app.push.subscriber import Puller, Subscriber
+from app.push.wire import HttpConnection, find_wire
 
 
 async def get_scan_events(request: Request) -> ASGIApp:
@@ -47,57 +52,91 @@ async def _answer(request: Request, scan_ids: Sequence[str]) -> ASGIApp:
         if format_ == SSE:
             return _make_throttled(service, refusal)
         raise
-    make_body, media_type = (_write_sse, SSE) if format_ == SSE else (_write_ndjson, NDJSON)
+    stream = Stream(service, client, lease, scan_ids, cursor, STREAM if format_ == SSE else LINES)
+    wire = find_wire(request.scope, HttpConnection)
+    return stream.pull if wire is None else partial(stream.push, wire)
 
-    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One open stream, before it is known how it will be written."""
+
+    service: Service
+    client: str
+    lease: StreamLease
+    scan_ids: Sequence[str]
+    cursor: Cursor | None
+    framing: Framing
+
+    @property
+    def opening(self) -> bytes:
+        """Sent at once: the head of the answer leaves with the first byte, and what holds it back is found out."""
+        return open_sse(self.service.settings.retry_ms) if self.framing is STREAM else HEARTBEAT_NDJSON
+
+    @property
+    def head(self) -> dict[str, str]:
+        headers = self.service.limits.headers("connect", self.client)
+        return headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+    async def push(self, wire: HttpConnection, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers with the head; frames are written straight to the transport."""
+        media_type = SSE if self.framing is STREAM else NDJSON
+        response = Response(headers=self.head, media_type=media_type)
+        headers = [field for field in response.raw_headers if field[0] != b"content-length"]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        except BaseException:
+            self.lease.close()
+            raise
+        wire.rest = partial(self._push_rest, wire)
+
+    async def _push_rest(self, wire: HttpConnection, receive: Receive, send: Send) -> None:
+        wire.write(self.framing.wrap(self.opening))
         with (
-            lease,
-            service.hub.connect(media_type.rpartition("/")[2]) as subscriber,
-            service.sessions.stream(client, scan_ids),
+            self.lease,
+            self.service.hub.push(wire, self.framing, ends=True) as subscriber,
+            self.service.sessions.stream(self.client, self.scan_ids),
+            contextlib.suppress(UnknownScan),  # reaped in this very moment; the client is told when it comes back
+        ):
+            self._subscribe(subscriber)
+            await wire.finished
+        await send({"type": "http.response.body", "body": b""})
+
+    async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers on any ASGI server."""
+        with (
+            self.lease,
+            self.service.hub.pull(self.framing.name) as subscriber,
+            self.service.sessions.stream(self.client, self.scan_ids),
             contextlib.suppress(SendTimeoutError),
         ):
-            for scan_id in scan_ids:
-                service.hub.subscribe(subscriber, scan_id, cursor)
-            body = make_body(service, subscriber)
-            headers = service.limits.headers("connect", client)
-            if media_type == SSE:
-                response: ASGIApp = EventSourceResponse(
-                    body, headers=headers, ping=0, send_timeout=service.settings.send_timeout_s
-                )
+            self._subscribe(subscriber)
+            body = self._write(subscriber)
+            if self.framing is STREAM:
+                stall_s = self.service.settings.stall_s
+                response: ASGIApp = EventSourceResponse(body, headers=self.head, ping=0, send_timeout=stall_s)
             else:
-                headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-                response = StreamingResponse(body, headers=headers, media_type=NDJSON)
+                response = StreamingResponse(body, headers=self.head, media_type=NDJSON)
             await response(scope, receive, send)
 
-    return respond
+    def _subscribe(self, subscriber: Subscriber) -> None:
+        for scan_id in self.scan_ids:
+            self.service.hub.subscribe(subscriber, scan_id, self.cursor)
+        subscriber.wake()
+
+    async def _write(self, subscriber: Puller) -> AsyncIterator[bytes]:
+        yield self.opening
+        heartbeat = HEARTBEAT_SSE if self.framing is STREAM else HEARTBEAT_NDJSON
+        async with contextlib.aclosing(subscriber.batches(heartbeat_s=self.service.settings.heartbeat_s)) as batches:
+            async for batch in batches:
+                yield b"".join(map(self.framing.frame, batch)) or heartbeat
 
 
 def _is_caught_up(service: Service, scan_ids: Sequence[str], cursor: Cursor | None) -> bool:
-    subscriber = Subscriber(service.log, "check")
+    reader = Reader(service.log)
     for scan_id in scan_ids:
-        subscriber.watch(scan_id, cursor)
-    return subscriber.is_done
-
-
-async def _write_sse(service: Service, subscriber: Subscriber) -> AsyncIterator[bytes]:
-    yield open_sse(service.settings.retry_ms)
-    async for part in _write(service, subscriber, frame_sse, HEARTBEAT_SSE):
-        yield part
-
-
-async def _write_ndjson(service: Service, subscriber: Subscriber) -> AsyncIterator[bytes]:
-    yield HEARTBEAT_NDJSON  # the head of the answer leaves with the first byte
-    async for part in _write(service, subscriber, frame_ndjson, HEARTBEAT_NDJSON):
-        yield part
-
-
-async def _write(
-    service: Service, subscriber: Subscriber, frame: Callable[[Event], bytes], heartbeat: bytes
-) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(subscriber.batches(heartbeat_s=service.settings.heartbeat_s)) as batches:
-        async for batch in batches:
-            yield b"".join(map(frame, batch)) or heartbeat
-            service.metrics.note_pushed(subscriber, batch)
+        reader.watch(scan_id, cursor)
+    return reader.is_done
 
 
 def _make_throttled(service: Service, refusal: ScanwireError) -> Response:

@@ -12,27 +12,34 @@ What a close code asks of the client:
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import orjson
 from pydantic import ValidationError
+from starlette.types import Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.api.polling import read_cursor, require_known
 from app.api.problems import close_reason
 from app.api.scans import make_answer
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge
+from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge, UnknownScan
 from app.core.event import Cursor, EventType
 from app.core.scan import Scan
 from app.engine.admission import Submission
-from app.push.frames import frame_text
-from app.push.subscriber import Subscriber
+from app.engine.limits import StreamLease
+from app.engine.sessions import Presence
+from app.push.frames import MESSAGES, frame_message, frame_text
+from app.push.subscriber import Puller, Subscriber
+from app.push.wire import FINISH, WebSocketConnection, find_wire
+
+Watched = Mapping[str, Cursor | None]  # scans that the address names, and from where on
 
 SUBPROTOCOL = "scanwire.v1"
 STALLED = 4408
+GOING_AWAY = "going away"
 _MAX_REPLIES = 64  # that wait to be written; then no further message is read
 _MAX_REF_CHARS = 100
 
@@ -51,87 +58,144 @@ async def serve_websocket(websocket: WebSocket) -> None:
     if scan_ids or after:
         require_known(service, scan_ids)
     service.limits.charge("connect", client)
-    with service.limits.open_stream(client), service.hub.connect("websocket") as subscriber:
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(service.limits.open_stream(client))
         await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
-        connection = _Connection(service, client, websocket, subscriber)
-        for scan_id in scan_ids:
-            connection.watch(scan_id, after)
-        with contextlib.suppress(WebSocketDisconnect):
-            await connection.serve()
+        watched = dict.fromkeys(scan_ids, after)
+        wire = find_wire(websocket.scope, WebSocketConnection)
+        if wire is None:
+            await _serve_pulled(websocket, service, client, watched)
+        else:
+            wire.rest = partial(_serve_pushed, wire, service, client, lease, watched)
+            stack.pop_all()
 
 
-class _Connection:
-    """One reader, one writer: replies and events leave in one order, and nothing is written from two places."""
+async def _serve_pushed(
+    wire: WebSocketConnection,
+    service: Service,
+    client: str,
+    lease: StreamLease,
+    watched: Watched,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Reads messages and answers them; events are written straight to the transport by the hub."""
+    with (
+        lease,
+        service.hub.push(wire, MESSAGES, ends=False) as subscriber,
+        _Dialogue(service, client, subscriber, watched) as dialogue,
+    ):
+        while True:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            if message["type"] == FINISH:
+                await send({"type": "websocket.close", "code": 1001, "reason": GOING_AWAY})
+                return
+            wire.write(frame_message(await dialogue.answer(message)))
+            if (refusal := dialogue.refusal) is not None:
+                await send({"type": "websocket.close", "code": refusal.close_code, "reason": close_reason(refusal)})
+                return
+            subscriber.wake()
+            await wire.until_ready()
 
-    def __init__(self, service: Service, client: str, websocket: WebSocket, subscriber: Subscriber) -> None:
-        self._service = service
-        self._client = client
-        self._websocket = websocket
-        self._subscriber = subscriber
-        self._replies: deque[bytes] = deque()
-        self._written = asyncio.Event()  # replies went out since it was cleared
-        self._sessions: dict[str, contextlib.ExitStack] = {}
-        self._refusal: ScanwireError | None = None  # why the connection is about to be closed
 
-    async def serve(self) -> None:
-        reader = asyncio.create_task(self._read())
-        writer = asyncio.create_task(self._write())
+async def _serve_pulled(websocket: WebSocket, service: Service, client: str, watched: Watched) -> None:
+    """The same on any ASGI server: one task reads, and one writes replies and events in one order."""
+    with (
+        service.hub.pull(MESSAGES.name) as subscriber,
+        _Dialogue(service, client, subscriber, watched) as dialogue,
+        contextlib.suppress(WebSocketDisconnect),
+    ):
+        replies: asyncio.Queue[bytes] = asyncio.Queue(_MAX_REPLIES)
+        tasks = [
+            asyncio.create_task(_read(websocket, dialogue, subscriber, replies)),
+            asyncio.create_task(_write(websocket, dialogue, subscriber, replies, service.settings.stall_s)),
+        ]
         try:
-            done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            for task in (reader, writer):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-            for session in self._sessions.values():
-                session.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self) -> None:
-        async with contextlib.aclosing(self._subscriber.batches(ends=False)) as batches:
-            async for batch in batches:
-                while self._replies:
-                    await self._send(self._replies.popleft().decode())
-                self._written.set()
-                if self._refusal is not None:
-                    await self._websocket.close(self._refusal.close_code, close_reason(self._refusal))
-                    return
-                for event in batch:
-                    await self._send(frame_text(event))
-                    if event.type is EventType.BYE:
-                        await self._websocket.close(1001, "going away")
-                        return
-                self._service.metrics.note_pushed(self._subscriber, batch)
 
-    async def _send(self, text: str) -> None:
+async def _read(
+    websocket: WebSocket, dialogue: "_Dialogue", subscriber: Puller, replies: "asyncio.Queue[bytes]"
+) -> None:
+    while dialogue.refusal is None:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            return
+        await replies.put(await dialogue.answer(message))
+        subscriber.wake()
+    await asyncio.Event().wait()  # the writer closes
+
+
+async def _write(
+    websocket: WebSocket, dialogue: "_Dialogue", subscriber: Puller, replies: "asyncio.Queue[bytes]", stall_s: float
+) -> None:
+    async def send(text: str) -> None:
         try:
-            async with asyncio.timeout(self._service.settings.send_timeout_s):
-                await self._websocket.send_text(text)
+            async with asyncio.timeout(stall_s):
+                await websocket.send_text(text)
         except TimeoutError:
-            await self._websocket.close(STALLED, "nothing was taken for too long")
+            with contextlib.suppress(TimeoutError):  # as likely as not it cannot be told so either
+                async with asyncio.timeout(1):
+                    await websocket.close(STALLED, "nothing was taken for too long")
             raise WebSocketDisconnect(STALLED) from None
 
-    async def _read(self) -> None:
-        while self._refusal is None:
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
+    async with contextlib.aclosing(subscriber.batches(ends=False)) as batches:
+        async for batch in batches:
+            while not replies.empty():
+                await send(replies.get_nowait().decode())
+            if (refusal := dialogue.refusal) is not None:
+                await websocket.close(refusal.close_code, close_reason(refusal))
                 return
-            ref: Any = None
-            try:
-                self._service.limits.charge("message", self._client)
-                command = self._parse(message)
-                ref = command.get("ref")
-                reply = {"ok": True, **await self._obey(command)}
-            except ScanwireError as error:
-                reply = {"error": error.to_problem()}
-                if error.close_code == 1009 or error.extra.get("limit") == "message":
-                    self._refusal = error
-            self._replies.append(orjson.dumps({"ref": ref, **reply}))
-            self._subscriber.wake()
-            while len(self._replies) >= _MAX_REPLIES:
-                self._written.clear()
-                await self._written.wait()
-        await asyncio.Event().wait()  # the writer closes
+            for event in batch:
+                await send(frame_text(event))
+                if event.type is EventType.BYE:
+                    await websocket.close(1001, GOING_AWAY)
+                    return
+
+
+class _Dialogue:
+    """What a client says on one connection, and what is answered. Leaving it gives back its sessions."""
+
+    def __init__(self, service: Service, client: str, subscriber: Subscriber, watched: Watched) -> None:
+        self._service = service
+        self._client = client
+        self._subscriber = subscriber
+        self._sessions: dict[str, Presence] = {}
+        self.refusal: ScanwireError | None = None  # why the connection is to be closed, after the answer
+        for scan_id, cursor in watched.items():
+            with contextlib.suppress(UnknownScan):  # reaped since it was looked up
+                self.watch(scan_id, cursor)
+        if watched:
+            subscriber.wake()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    async def answer(self, message: Mapping[str, Any]) -> bytes:
+        """The reply to one message, as JSON."""
+        ref: Any = None
+        try:
+            self._service.limits.charge("message", self._client)
+            command = self._parse(message)
+            ref = command.get("ref")
+            reply = {"ok": True, **await self._obey(command)}
+        except ScanwireError as error:
+            reply = {"error": error.to_problem()}
+            if error.close_code == 1009 or error.extra.get("limit") == "message":
+                self.refusal = error
+        return orjson.dumps({"ref": ref, **reply})
 
     def _parse(self, message: Mapping[str, Any]) -> dict[str, Any]:
         text = message.get("text")
@@ -193,19 +257,21 @@ class _Connection:
             raise InvalidParams.of("scan", f"one connection may watch {limit} scans; unsubscribe from one first")
         self._service.hub.subscribe(self._subscriber, scan_id, cursor)
         if scan_id not in self._sessions:
-            session = self._sessions[scan_id] = contextlib.ExitStack()
-            session.enter_context(self._service.sessions.stream(self._client, [scan_id]))
+            self._sessions[scan_id] = self._service.sessions.stream(self._client, [scan_id])
         return scan
 
     async def _submit(self, command: dict[str, Any]) -> dict[str, Any]:
         key = command.pop("idempotency_key", None)
         if not isinstance(key, str | None):
             raise InvalidParams.of("idempotency_key", "must be text")
+        self._service.limits.charge("read", self._client)
         try:
             asked = Submission.model_validate(command)
         except ValidationError as error:
             raise InvalidParams.explain(error) from None
         scan, joined, token = await self._service.admission.submit(self._client, asked, key)
+        if not joined:
+            self._service.limits.refund("read", self._client)
         reply = {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
         return reply if token is None else {**reply, "producer_token": token}
 

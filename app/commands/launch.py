@@ -20,6 +20,7 @@ from app.core.errors import ScanwireError
 from app.core.settings import Settings
 from app.market.store import Store
 from app.observe.logs import configure_logging
+from app.push.wire import HttpConnection, WebSocketConnection
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 logger = logging.getLogger(__name__)
@@ -90,9 +91,11 @@ class Launch:
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._config = uvicorn.Config(
             self._gate,
-            ws="websockets-sansio",
+            http=HttpConnection,
+            ws=WebSocketConnection,
             ws_per_message_deflate=False,
             ws_max_size=settings.max_message_bytes,
+            ws_ping_interval=None,  # the hub's heartbeats are pings
             # Forwarded addresses are judged by app.api.security, which must see the true peer.
             proxy_headers=False,
             server_header=False,

@@ -10,6 +10,7 @@
     │   └── UnknownScan             404  no scan has this id (any more)
     ├── WrongMethod                 405  the address exists, the method does not
     ├── NotAcceptable               406  none of the formats asked for can be given
+    ├── SlowBody                    408  a body that trickles
     ├── Conflict                    409  the same Idempotency-Key with another body; events that cannot come now
     ├── Trimmed                     410  the scan is known, its rows are past retention
     ├── TooLarge                    413  a body over the bound
@@ -151,6 +152,12 @@ class NotAcceptable(ScanwireError):
     type = "urn:scanwire:problem:not-acceptable"
     title = "No format that was asked for can be given"
     status = 406
+
+
+class SlowBody(ScanwireError):
+    type = "urn:scanwire:problem:slow-body"
+    title = "The body did not come in time"
+    status = 408
 
 
 class Conflict(ScanwireError):

@@ -17,7 +17,8 @@ def estimate_rest(
     """The rate so far (units per second), and the seconds that are left as a range; None while nobody can know.
 
     The range spans the rate over the whole run and the rate of late, and is wider while little is done: after a
-    share x of the work it is stretched by (1 - x) / 4 on either side.
+    share x of the work it is stretched by (1 - x) / 4 on either side. The first chunks say little, since what it
+    costs to begin is in them: the low end is scaled by x / (x + 0.05) as well.
     """
     if done <= 0 or elapsed_s <= 0:
         return None, None
@@ -25,8 +26,10 @@ def estimate_rest(
     if total is None:
         return round(rate, 1), None
     rates = (rate, last_rate) if last_rate else (rate, rate)
-    left, doubt = total - done, (1 - done / total) / 4
-    return round(rate, 1), (round(left / max(rates) * (1 - doubt), 2), round(left / min(rates) * (1 + doubt), 2))
+    left, share = total - done, done / total
+    doubt = (1 - share) / 4
+    low = left / max(rates) * (1 - doubt) * share / (share + 0.05)
+    return round(rate, 1), (round(low, 2), round(left / min(rates) * (1 + doubt), 2))
 
 
 def estimate_starts(running_s: Sequence[Range], queued_s: Sequence[Range], slots: int) -> list[Range]:

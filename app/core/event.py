@@ -73,13 +73,19 @@ class Event:
         return data
 
 
+def _take_json(value: Any) -> orjson.Fragment:
+    """What was turned into JSON before, such as `app.core.scan.Rows`, goes in as it is."""
+    return orjson.Fragment(value.json)
+
+
 def make_event(
     type: EventType, scan: str, seq: int, data: Mapping[str, Any], ts: int, cursor: Cursor | None = None
 ) -> Event:
     """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
     here and null on the wire."""
     head: dict[str, Any] = {} if cursor is None else {"id": str(cursor)}
-    body = orjson.dumps({**head, "scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data})
+    whole = {**head, "scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
+    body = orjson.dumps(whole, default=_take_json)
     return Event(
         type=type,
         scan=scan,

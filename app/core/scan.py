@@ -200,6 +200,24 @@ def feed_digest(digest: "hashlib._Hash", rows: Iterable[Row]) -> None:
         digest.update(canonical_row(row) + b"\n")
 
 
+class Rows:
+    """The match rows of one event, turned into JSON where they were found, so that the event loop need not."""
+
+    __slots__ = ("canonical", "count", "json")
+
+    def __init__(self, count: int, json: bytes, canonical: bytes) -> None:
+        self.count = count
+        self.json = json  # the array of rows
+        self.canonical = canonical  # what the digest is fed; see `digest_rows`
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def pack_rows(rows: Sequence[Row]) -> Rows:
+    return Rows(len(rows), orjson.dumps(rows), b"".join(canonical_row(row) + b"\n" for row in rows))
+
+
 def make_same_key(scanner: str, params: Mapping[str, Any], data_version: str) -> str:
     """Equal for two submissions that must find the same rows."""
     text = orjson.dumps([scanner, params, data_version], option=orjson.OPT_SORT_KEYS)

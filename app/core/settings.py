@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     idempotency_s: float = Field(86_400, gt=0, description="an Idempotency-Key is remembered this long")
     max_idempotency_keys: int = Field(10_000, ge=1, description="idempotency keys remembered in all")
 
+    commit_wait_s: float = Field(10, gt=0, description="a request waits this long for the journal, then is refused")
+    body_wait_s: float = Field(20, gt=0, description="a request body must be there within this time")
+
     # Limits of one client: a bucket each, as <amount> per <period>.
     submit_per_min: float = Field(2, gt=0)
     submit_heavy_per_hour: float = Field(10, gt=0)
@@ -75,7 +78,11 @@ class Settings(BaseSettings):
     # Push.
     heartbeat_s: float = Field(15, gt=0)
     retry_ms: int = Field(2000, ge=0, description="the wait a browser is told to make before it reconnects")
-    send_timeout_s: float = Field(30, gt=0, description="a stream whose peer takes nothing for this long is closed")
+    progress_per_s: float = Field(20, gt=0, description="progress events of one scan shown in a second")
+    batch_ms: float = Field(0, ge=0, description="new events wait this long for others to share a write with")
+    batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
+    high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
+    stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
     long_poll_max_s: float = Field(60, gt=0)
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")

@@ -1,10 +1,11 @@
 """Decides what may run: validates, joins what is running already, charges, and queues."""
 
+import asyncio
 import hashlib
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -99,12 +100,16 @@ class Admission:
 
     async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
         """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
-        body_hash = hashlib.sha256(orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)).hexdigest()
+        try:
+            body = orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)
+        except TypeError:  # orjson reads deeper than it writes
+            raise InvalidParams.of("params", "is nested too deeply; no parameter is a tree") from None
+        body_hash = hashlib.sha256(body).hexdigest()
         if idempotency_key is not None:
             if not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
                 raise InvalidParams.of("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
             if (earlier := self._recall(client, idempotency_key, body_hash)) is not None:
-                return Admitted(await self._log.accept(earlier), True)
+                return Admitted(await self._accept(self._log.accept(earlier)), True)
         idempotency = None if idempotency_key is None else (idempotency_key, body_hash)
         if asked.scanner == EXTERNAL:
             return await self._submit_external(client, asked, idempotency)
@@ -130,11 +135,23 @@ class Admission:
             self._take_place(client, plan.rows)
             self._log.create(scan)
             self._sessions.expect(scan.id)
-            self._same[same_key] = scan.id
+            if asked.reuse == "auto" or self._find_same(same_key) is None:
+                self._same[same_key] = scan.id
             self._runner.submit(self._make_run(scan, plan.chunks))
         scan_id = joined or scan.id
         self._remember(client, idempotency, scan_id, self._clock())
-        return Admitted(await self._log.accept(scan_id), joined is not None)
+        return Admitted(await self._accept(self._log.accept(scan_id)), joined is not None)
+
+    async def _accept(self, committed: Awaitable[Scan]) -> Scan:
+        try:
+            async with asyncio.timeout(self._settings.commit_wait_s):
+                return await committed
+        except TimeoutError:
+            raise JournalUnavailable(
+                "The journal cannot be written just now, so it is not sure that the scan is kept. Submit it again: "
+                "with the same Idempotency-Key it will not run twice.",
+                retry_after_s=10,
+            ) from None
 
     async def _submit_external(self, client: str, asked: Submission, idempotency: tuple[str, str] | None) -> Admitted:
         """A scan of its own, always: what its producer will post is not known, so it equals no other."""
@@ -158,13 +175,19 @@ class Admission:
         self._log.create(scan)
         self._sessions.expect(scan.id)
         self._remember(client, idempotency, scan.id, self._clock())
-        return Admitted(await self._producers.start(scan), False, token)
+        return Admitted(await self._accept(self._producers.start(scan)), False, token)
 
     async def cancel(self, client: str, scan_id: str) -> Scan:
         """Raises UnknownScan, and Forbidden for a scan that another client submitted."""
         if self._log.get(scan_id).client != client:
             raise Forbidden("Only the client that submitted a scan may cancel it. You can stop watching it.")
-        return await self.stop(scan_id, "client")
+        try:
+            async with asyncio.timeout(self._settings.commit_wait_s):
+                return await self.stop(scan_id, "client")
+        except TimeoutError:
+            raise JournalUnavailable(
+                "The journal cannot be written just now. The scan is cancelled as soon as it can.", retry_after_s=10
+            ) from None
 
     async def stop(self, scan_id: str, by: str) -> Scan:
         """Cancels a scan, whoever works on it; gives it as committed then. Raises UnknownScan."""
@@ -216,13 +239,18 @@ class Admission:
             return self._plan_whole(chunk_rows)
         plan = plan_chunks(self._store, symbols, chunk_rows)
         if plan.missing:
-            near = get_close_matches(plan.missing[0], [entry.symbol for entry in self._store.symbols], 3)
+            near = self._find_near(plan.missing[0])
             raise InvalidParams.of(
                 "symbols",
                 f"{', '.join(plan.missing[:5])}{' and more' if len(plan.missing) > 5 else ''}: not in the price data"
                 + (f"; did you mean {', '.join(near)}?" if near else ", see `scanwire data info`"),
             )
         return plan
+
+    def _find_near(self, symbol: str) -> list[str]:
+        """Up to three symbols that look like this one; among those with the same first letter, for speed."""
+        alike = (entry.symbol for entry in self._store.symbols if entry.symbol[0] == symbol[0])
+        return get_close_matches(symbol, [other for other in alike if abs(len(other) - len(symbol)) < 2], 3)
 
     def _make_run(self, scan: Scan, chunks: tuple[Chunk, ...]) -> Run:
         return Run(
@@ -237,6 +265,7 @@ class Admission:
                 slices=(),
                 scanner=scan.scanner,
                 params=dict(scan.params),
+                max_rows=self._settings.max_matches,
             ),
             chunks=chunks,
         )
@@ -290,7 +319,8 @@ class Admission:
         now, now_ms = self._clock(), self._log.now_ms()
         for scan in reversed(list(self._log.list_scans())):
             self._remember(scan.client, scan.idempotency, scan.id, now - (now_ms - scan.created_ts) / 1000)
-            if scan.producer is None:
+            is_joinable = scan.state is State.COMPLETED or not scan.state.is_terminal
+            if scan.producer is None and (is_joinable or self._find_same(scan.same_key) is None):
                 self._same[scan.same_key] = scan.id
             if not scan.state.is_terminal:
                 await self._take_up_unfinished(scan)

@@ -15,7 +15,7 @@ from app.core.estimate import estimate_rest
 from app.core.event import EventType
 from app.core.scan import Producer, Progress, Row, Scan, State, canonical_row, make_end
 from app.core.settings import Settings, hash_key
-from app.engine.runner import ROWS_PER_EVENT
+from app.engine.worker import ROWS_PER_EVENT
 from app.log.eventlog import EventLog, Part
 
 logger = logging.getLogger(__name__)
@@ -349,6 +349,8 @@ class Producers:
 
     async def lose_silent(self) -> int:
         """Ends the scans whose producers were last heard of `producer_timeout_s` ago or longer; gives their number."""
+        for work in list(self._works.values()):
+            self._finish(work)  # what was ended by a request that did not wait for the journal
         limit_s = self._settings.producer_timeout_s
         latest = self._clock() - limit_s
         silent = [work for work in self._works.values() if work.heard <= latest and work.ended is None]
@@ -373,14 +375,20 @@ class Producers:
             error=None if error is None else error.to_problem(),
         )
         scan = await self._log.append(work.scan_id, *parts, (EventType.END, data), producer=work.producer)
-        del self._works[work.scan_id]
+        self._finish(work)
+        return scan
+
+    def _finish(self, work: _Work) -> None:
+        """Lets go of a scan whose end is committed, once."""
+        scan = self._log.find(work.scan_id)
+        if scan is None or scan.end is None or self._works.pop(work.scan_id, None) is None:
+            return
         self._publish(work)
         logger.info(
             "external scan %s after %.2f s, %d matches",
-            state,
-            elapsed_s,
-            work.kept,
-            extra={"action": "scan_ended", "scan": work.scan_id, "state": state},
+            scan.state,
+            scan.end["elapsed_s"],
+            scan.matches,
+            extra={"action": "scan_ended", "scan": scan.id, "state": scan.state},
         )
-        self.finished(work.scan_id)
-        return scan
+        self.finished(scan.id)

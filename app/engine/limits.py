@@ -246,6 +246,11 @@ class Limits:
         if bucket is not None:
             bucket.give_back(cost)
 
+    def retry_after_s(self, policy: PolicyName, client: str) -> float:
+        """Seconds until one more unit may be charged; 0 when it may be now."""
+        bucket = self._buckets.get((policy, client))
+        return 0.0 if bucket is None else bucket.retry_after_s()
+
     def headers(self, policy: PolicyName, client: str) -> dict[str, str]:
         """The state of one limit as header fields; charges nothing and makes no bucket.
 

@@ -51,7 +51,11 @@ class Reaper:
         while True:
             await asyncio.sleep(self._settings.reap_every_s)
             try:
-                await self.reap()
+                # The journal may stop taking writes at any moment; what is not done now is done in the next round.
+                async with asyncio.timeout(self._settings.commit_wait_s):
+                    await self.reap()
+            except TimeoutError:
+                logger.warning("reaper waits for the journal", extra={"action": "reaper_waits"})
             except Exception:
                 logger.exception("reaper failed", extra={"action": "reaper_failed"})
 

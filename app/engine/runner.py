@@ -6,10 +6,11 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
+import orjson
 from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
 
 from app.core.errors import (
@@ -22,7 +23,7 @@ from app.core.errors import (
 )
 from app.core.estimate import Range, estimate_rest, estimate_starts
 from app.core.event import EventType
-from app.core.scan import Progress, Scan, Skipped, State, feed_digest, make_end
+from app.core.scan import Progress, Rows, Scan, Skipped, State, make_end, pack_rows
 from app.core.settings import Settings
 from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
 from app.log.eventlog import EventLog
@@ -31,7 +32,6 @@ from app.market.store import Chunk
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_EVENT = 500
 # Price rows a second that a scan is thought to read before one was measured: slow and fast machines.
 _FIRST_GUESS = (300_000.0, 5_000_000.0)
 
@@ -54,6 +54,7 @@ class Run:
     cancelled_by: str | None = None
     task: asyncio.Task[None] | None = None
     # What was found so far, for the end.
+    is_counted: bool = False  # what an earlier attempt found is in here
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     kept: int = 0  # matches that became events
     found: int = 0  # matches, those over `max_matches` too
@@ -84,6 +85,8 @@ class Runner:
         self._is_stopping = False
         self._group = asyncio.TaskGroup()
         self._workers = CapacityLimiter(settings.workers)
+        self._processes = CapacityLimiter(settings.workers * 2)  # those that are starting are counted as well
+        self._chores: set[asyncio.Task[None]] = set()
         self.rows_per_s: float | None = None  # price rows read, over the latest scans
         self._worker_crashes = 0
         self.finished: Callable[[str], None] = lambda scan_id: None
@@ -96,9 +99,10 @@ class Runner:
 
     async def __aexit__(self, *error: Any) -> None:
         self._is_stopping = True
-        for run in list(self._running.values()):
-            if run.task is not None:
-                run.task.cancel()
+        # What they appended becomes durable all the same, if the journal can be written.
+        for task in [*self._chores, *(run.task for run in self._running.values() if run.task is not None)]:
+            task.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
         await self._group.__aexit__(*error)
 
     async def warm_up(self) -> None:
@@ -106,8 +110,28 @@ class Runner:
         await asyncio.gather(*(self.call_worker(warm_up) for _ in range(self._settings.workers)))
 
     async def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs a function in a worker process. Cancelling the caller kills that process."""
-        return await to_process.run_sync(function, *args, cancellable=True, limiter=self._workers)
+        """Runs a function in a worker process. Cancelling the caller kills that process.
+
+        Raises BrokenWorkerProcess when the process dies.
+        """
+        async with self._workers:
+            # anyio forgets a process that is cancelled while it starts; so it is let to start, and kept for the next.
+            await asyncio.shield(to_process.run_sync(os.getpid, limiter=self._processes))
+            try:
+                return await to_process.run_sync(function, *args, cancellable=True, limiter=self._processes)
+            except (KeyboardInterrupt, SystemExit) as leaving:  # the worker's, sent on to here
+                raise BrokenWorkerProcess from leaving
+
+    def _do(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Runs something beside the scans that nobody waits for; what goes wrong in it ends nothing else."""
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._note_chore)
+
+    def _note_chore(self, task: asyncio.Task[None]) -> None:
+        self._chores.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a chore failed", exc_info=error, extra={"action": "chore_failed"})
 
     # The queue
 
@@ -122,7 +146,7 @@ class Runner:
     def submit(self, run: Run) -> None:
         """Queues a run whose scan has been created in the log. It starts once its first event is committed."""
         self._queue.append(run)
-        self._group.create_task(self._accept(run))
+        self._do(self._accept(run))
 
     async def _accept(self, run: Run) -> None:
         starts = self._estimate_starts()
@@ -145,7 +169,7 @@ class Runner:
             self._running[run.scan_id] = run
             run.task = self._group.create_task(self._run(run))
         if any(run.is_accepted and run.position != place for place, run in enumerate(self._queue, 1)):
-            self._group.create_task(self._tell_positions())
+            self._do(self._tell_positions())
 
     async def _tell_positions(self) -> None:
         for run in list(self._queue):
@@ -199,9 +223,12 @@ class Runner:
             self._fill_slots()
         elif (run := self._running.get(scan_id)) is not None and run.cancelled_by is None:
             run.cancelled_by = by
-            with contextlib.suppress(WrongState):  # it came to its end in this very moment
-                await self._log.append(scan_id, (EventType.CANCELLING, {"by": by}))
-                if run.task is not None:
+            try:
+                with contextlib.suppress(WrongState):  # it has not started yet, or came to its end in this very moment
+                    await self._log.append(scan_id, (EventType.CANCELLING, {"by": by}))
+            finally:
+                # One that has not taken its first step gives its slot back by itself: it looks at `cancelled_by`.
+                if run.task is not None and run.started is not None and scan_id in self._running:
                     run.task.cancel()
         elif scan.state.is_terminal:
             return scan
@@ -247,6 +274,7 @@ class Runner:
             self._fill_slots()
 
     async def _end(self, run: Run, state: State, error: ScanwireError | None = None) -> None:
+        await self._take_up(run)  # one that a restart found may come to its end without another run
         elapsed_s = 0.0 if run.started is None else self._clock() - run.started
         if state is State.COMPLETED and run.started is not None and elapsed_s > 0:
             rate = run.cost_rows / elapsed_s
@@ -278,6 +306,8 @@ class Runner:
         run.started = self._clock()
         total = sum(chunk.symbols for chunk in run.chunks)
         done_before = await self._take_up(run)
+        if run.cancelled_by is not None:
+            raise asyncio.CancelledError
         await self._log.append(
             run.scan_id,
             (
@@ -308,19 +338,25 @@ class Runner:
             )
 
     async def _take_up(self, run: Run) -> set[int]:
-        """The chunks that an earlier attempt finished, with what they found put into `run`."""
+        """The chunks that an earlier attempt finished. What these found is put into `run`, once."""
         if run.attempt == 1:
             return set()
         checkpoints = await self._log.read_checkpoints(run.scan_id)
-        for checkpoint in checkpoints:
-            _note_skipped(run, checkpoint.skipped)
-            run.found += checkpoint.found
+        found: list[Rows] = []
         after = 0
-        while events := await self._log.read(run.scan_id, after):
+        while not run.is_counted and (events := await self._log.read(run.scan_id, after)):
             after = events[-1].n or 0
             for event in events:
                 if event.type is EventType.MATCHES:
-                    _note_kept(run, event.load_data()["rows"])
+                    found.append(pack_rows(event.load_data()["rows"]))
+                    await asyncio.sleep(0)  # a few milliseconds' work each; others on the loop have their turn
+        if not run.is_counted:
+            run.is_counted = True
+            for rows in found:
+                _note_kept(run, rows)
+            for checkpoint in checkpoints:
+                _note_skipped(run, checkpoint.skipped)
+                run.found += checkpoint.found
         return {checkpoint.chunk for checkpoint in checkpoints}
 
     async def _chunks(self, run: Run, todo: list[int]) -> AsyncIterator[tuple[int, ChunkResult]]:
@@ -361,15 +397,17 @@ class Runner:
         raise AssertionError("unreachable")
 
     async def _keep(self, run: Run, index: int, result: ChunkResult) -> None:
-        rows = result.rows[: self._settings.max_matches - run.kept]
-        run.found += len(result.rows)
-        _note_kept(run, rows)
+        parts = []
+        run.found += result.found
+        for part in result.parts:
+            room = self._settings.max_matches - run.kept
+            if part.count > room:
+                part = pack_rows(orjson.loads(part.json)[:room])
+            if part.count:
+                _note_kept(run, part)
+                parts.append((EventType.MATCHES, {"chunk": index, "rows": part}))
         _note_skipped(run, result.skipped)
-        parts: list[tuple[EventType, Mapping[str, Any]]] = [
-            (EventType.MATCHES, {"chunk": index, "rows": rows[start : start + ROWS_PER_EVENT]})
-            for start in range(0, len(rows), ROWS_PER_EVENT)
-        ]
-        checkpoint = Checkpoint(chunk=index, found=len(result.rows), skipped=tuple(result.skipped))
+        checkpoint = Checkpoint(chunk=index, found=result.found, skipped=tuple(result.skipped))
         await self._log.append(run.scan_id, *parts, checkpoint=checkpoint)
 
     def statistics(self) -> RunnerStatistics:
@@ -382,9 +420,9 @@ class Runner:
         )
 
 
-def _note_kept(run: Run, rows: list[dict[str, Any]]) -> None:
-    run.kept += len(rows)
-    feed_digest(run.digest, rows)
+def _note_kept(run: Run, rows: Rows) -> None:
+    run.kept += rows.count
+    run.digest.update(rows.canonical)
 
 
 def _note_skipped(run: Run, skipped: tuple[Skipped, ...] | list[Skipped]) -> None:

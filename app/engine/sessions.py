@@ -1,9 +1,8 @@
 """Who is watching which scan, over whatever transport."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Self
 
 from app.core.estimate import Range, hint_poll
 
@@ -18,6 +17,29 @@ class Session:
         self.streams = 0  # open now
         self.hint_s: float | None = None  # what it was told at its last poll
         self.version: object = None  # what it was shown at its last poll
+
+
+class Presence:
+    """A client's open stream on some scans, given back once; use it in a `with`, or call `close`."""
+
+    __slots__ = ("_sessions", "client", "is_poll", "scan_ids")
+
+    def __init__(self, sessions: "Sessions", client: str, scan_ids: tuple[str, ...], is_poll: bool) -> None:
+        self._sessions: Sessions | None = sessions
+        self.client = client
+        self.is_poll = is_poll
+        self.scan_ids = scan_ids
+
+    def close(self) -> None:
+        if self._sessions is not None:
+            self._sessions.leave(self)
+            self._sessions = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class SessionStatistics(NamedTuple):
@@ -50,22 +72,23 @@ class Sessions:
         since = self._left.get(scan_id)
         return 0.0 if since is None else self._clock() - since
 
-    @contextmanager
-    def stream(self, client: str, scan_ids: Iterable[str]) -> Iterator[None]:
-        """Holds a session on each of the scans while the block runs."""
-        sessions = [(scan_id, self._open(client, scan_id)) for scan_id in scan_ids]
-        for _, session in sessions:
-            session.streams += 1
-        self._streams += len(sessions)
-        try:
-            yield
-        finally:
-            self._streams -= len(sessions)
-            for scan_id, session in sessions:
-                session.streams -= 1
-                session.seen = self._clock()
-                if session.streams == 0:
-                    self._close(client, scan_id)
+    def stream(self, client: str, scan_ids: Iterable[str], *, is_poll: bool = False) -> "Presence":
+        """Holds a session on each of the scans until it is closed; that of a long poll outlives it, as of any poll."""
+        presence = Presence(self, client, tuple(scan_ids), is_poll)
+        for scan_id in presence.scan_ids:
+            self._open(client, scan_id).streams += 1
+        self._streams += len(presence.scan_ids)
+        return presence
+
+    def leave(self, presence: "Presence") -> None:
+        """Takes back what `stream` gave."""
+        self._streams -= len(presence.scan_ids)
+        for scan_id in presence.scan_ids:
+            session = self._scans[scan_id][presence.client]
+            session.streams -= 1
+            session.seen = self._clock()
+            if session.streams == 0 and not presence.is_poll:
+                self._close(presence.client, scan_id)
 
     def poll(self, client: str, scan_id: str, version: object, eta_s: Range | None) -> float:
         """Notes a poll; gives the seconds until the next one is worth making."""

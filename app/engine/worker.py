@@ -5,6 +5,7 @@ Here the two sides meet that do not know each other: `app.market`, which reads p
 """
 
 import os
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -16,7 +17,7 @@ import polars as pl
 from polars import col
 
 from app.core.errors import ScannerError, ScanwireError
-from app.core.scan import Skipped
+from app.core.scan import Rows, Skipped, pack_rows
 from app.market.dirt import PRICES
 from app.market.features import add_features, add_features_at, is_costly, is_known, is_quick
 from app.market.store import Slice, Store, open_store, read_rows
@@ -27,6 +28,7 @@ from app.scanners.registry import Scanner, get_scanner, list_scanners, validate_
 NICENESS = 10
 POSITION = "#position"  # a match's row number, which `ChunkPrices.matching` adds
 FEW = 8  # with fewer rows left than one in so many, it pays to look at these and the rows before them alone
+ROWS_PER_EVENT = 500
 DECIMALS = 6  # of every number in a match row; prices and ratios are not known better than that
 
 COMMON_COLUMNS = {
@@ -51,13 +53,15 @@ class ChunkJob:
     slices: tuple[Slice, ...]
     scanner: str
     params: dict[str, Any]  # normalised, see `normalise_params`
+    max_rows: int  # more are counted, not given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkResult:
     """The matches of one chunk, sorted by symbol and date, and what was left out."""
 
-    rows: list[dict[str, Any]]  # JSON values only
+    found: int  # matches, those over `max_rows` too
+    parts: list[Rows]  # one for each event
     skipped: list[Skipped]
 
 
@@ -140,12 +144,14 @@ def run_chunk(job: ChunkJob) -> ChunkResult:
         rows = find_rows(scanner, params, frame)
     except ScanwireError:
         raise
-    except (Exception, pl.exceptions.PanicException) as error:
+    except (Exception, SystemExit, pl.exceptions.PanicException) as error:
         raise ScannerError(
             f"The scanner {scanner.name} failed with {type(error).__name__} on this chunk of prices. "
             "Other scanners are not affected."
         ) from None
-    return ChunkResult(rows=rows, skipped=skipped)
+    kept = rows[: job.max_rows]
+    parts = [pack_rows(kept[start : start + ROWS_PER_EVENT]) for start in range(0, len(kept), ROWS_PER_EVENT)]
+    return ChunkResult(found=len(rows), parts=parts, skipped=skipped)
 
 
 def find_rows(scanner: Scanner, params: MarketParams, frame: pl.DataFrame) -> list[dict[str, Any]]:
@@ -212,5 +218,6 @@ def _to_json(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 @cache
 def _be_nice() -> None:
-    """Give way to the event loop, once per process."""
+    """Give way to the event loop, and leave Ctrl-C to the server; once per process."""
     os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

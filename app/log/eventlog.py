@@ -19,15 +19,16 @@ READ_BYTES = 256 * 1024
 
 
 class _ScanLog:
-    __slots__ = ("accepted", "events", "progress", "progress_event", "shown", "size", "tip")
+    __slots__ = ("accepted", "events", "progress", "progress_event", "progress_timer", "shown", "size", "tip")
 
     def __init__(self, tip: Scan, shown: Scan | None) -> None:
         self.tip = tip  # with everything that is still on its way into the journal
         self.shown = shown  # as committed; None until the first event is
         self.events: list[Event] | None = []  # committed ones, oldest first; None: they are in the journal only
         self.size = 0  # bytes of JSON in `events`
-        self.progress: Progress | None = None  # the latest, and the event that carries it
-        self.progress_event: Event | None = None
+        self.progress: Progress | None = None  # the latest
+        self.progress_event: Event | None = None  # the one that is shown
+        self.progress_timer: asyncio.TimerHandle | None = None  # until the next one may be shown
         self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit
 
 
@@ -45,10 +46,13 @@ class EventLog:
     `memory_bytes` allows; the rest is read back from the journal.
     """
 
-    def __init__(self, journal: Journal, *, now_ms: Callable[[], int], memory_bytes: int) -> None:
+    def __init__(
+        self, journal: Journal, *, now_ms: Callable[[], int], memory_bytes: int, progress_per_s: float = 20
+    ) -> None:
         self._journal = journal
         self.now_ms = now_ms  # milliseconds since 1970
         self._memory_bytes = memory_bytes
+        self._progress_every_s = 1 / progress_per_s
         self._logs: dict[str, _ScanLog] = {}
         self._finished: OrderedDict[str, int] = OrderedDict()  # in memory though finished, with their size
         self._finished_bytes = 0
@@ -71,8 +75,15 @@ class EventLog:
         self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
         for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
             log = self._logs[scan.id] = _ScanLog(scan, scan)
-            log.events = None
+            log.events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
+            log.size = sum(len(event.json) for event in log.events or ())
         self._is_open = True
+
+    def _read_all(self, scan_id: str) -> list[Event]:
+        events: list[Event] = []
+        while page := self._journal.read(scan_id, (events[-1].n or 0) if events else 0, READ_BYTES):
+            events += page
+        return events
 
     async def close(self) -> None:
         """Commits what is left and closes the journal; what cannot be written raises where it was appended."""
@@ -81,6 +92,9 @@ class EventLog:
         await asyncio.sleep(0)  # let the last commits be shown first
         waiting = [self._waiting.pop(id(write)) for write in left]
         waiting += [log.accepted for log in self._logs.values() if log.accepted is not None]
+        for log in self._logs.values():
+            if log.progress_timer is not None:
+                log.progress_timer.cancel()
         for future in waiting:
             if not future.done():
                 future.set_exception(JournalUnavailable("The journal was closed before this could be written."))
@@ -131,15 +145,26 @@ class EventLog:
         return await asyncio.shield(committed)
 
     def publish(self, scan_id: str, progress: Progress) -> None:
-        """Makes this the latest progress of a scan. It is shown as it is, and not kept; behind the end no event
-        carries it."""
+        """Makes this the latest progress of a scan. It is not kept, and behind the end no event carries it.
+
+        Subscribers are shown at most `progress_per_s` of them in a second; the last one always, and no later than
+        that allows.
+        """
         log = self._logs.get(scan_id)
         if log is None or log.shown is None:
             return
         log.progress = progress
-        if log.tip.state.is_terminal:
+        if log.progress_timer is None and not log.tip.state.is_terminal:
+            self._show_progress(scan_id, log, None)
+
+    def _show_progress(self, scan_id: str, log: _ScanLog, before: Progress | None) -> None:
+        log.progress_timer = None
+        if log.progress is None or log.progress is before or log.shown is None or log.shown.state.is_terminal:
             return
-        log.progress_event = make_event(EventType.PROGRESS, scan_id, log.shown.seq, asdict(progress), self.now_ms())
+        log.progress_event = make_event(EventType.PROGRESS, scan_id, log.shown.seq, asdict(log.progress), self.now_ms())
+        log.progress_timer = asyncio.get_running_loop().call_later(
+            self._progress_every_s, self._show_progress, scan_id, log, log.progress
+        )
         self._tell(scan_id)
 
     async def trim(self, scan_id: str) -> None:

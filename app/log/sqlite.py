@@ -113,7 +113,8 @@ class SqliteJournal:
                         break
                 is_open = None not in batch
                 writes = [write for write in batch if write is not None]
-                if writes and self._commit_until_done(connection, writes):
+                # Behind what could not be written nothing may be: its seq would have a gap.
+                if writes and not self._left and self._commit_until_done(connection, writes):
                     committed(writes)
                 else:
                     self._left += writes

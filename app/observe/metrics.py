@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -11,7 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from app.core.event import Event
 from app.core.scan import State
 from app.engine.limits import Limits
 from app.engine.reaper import Reaper
@@ -19,7 +18,6 @@ from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.push.hub import Hub
-from app.push.subscriber import Subscriber
 
 LAG_EVERY_S = 0.02
 _KEPT = 2048  # of the latest lags, for quantiles
@@ -29,12 +27,11 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 class Metrics:
     """Counters and histograms that are written where things happen; all else is read when it is asked for."""
 
-    def __init__(self, now_ms: Callable[[], int]) -> None:
-        self._now_ms = now_ms
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._push_lag = Histogram(
             "scanwire_push_lag_seconds",
-            "From the making of a durable event to its being handed to one subscriber's transport",
+            "From the making of a durable event to its being handed to the transports of those who waited for it",
             buckets=_BUCKETS,
             registry=self.registry,
         )
@@ -44,19 +41,14 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self.registry,
         )
-        self.pushed: Counter[str] = Counter()  # events by transport
         self._push_lags: deque[float] = deque(maxlen=_KEPT)
         self._loop_lags: deque[float] = deque(maxlen=_KEPT)
         ProcessCollector(registry=self.registry)
 
-    def note_pushed(self, subscriber: Subscriber, batch: Sequence[Event]) -> None:
-        """These events were handed to this subscriber's transport just now."""
-        self.pushed[subscriber.transport] += len(batch)
-        # What happened before it came is history, and says nothing about how fast events are pushed.
-        if batch and batch[-1].n is not None and batch[-1].ts >= subscriber.since_ms:
-            lag_s = max(0.0, (self._now_ms() - batch[-1].ts) / 1000)
-            self._push_lag.observe(lag_s)
-            self._push_lags.append(lag_s)
+    def note_push_lag(self, lag_s: float) -> None:
+        """From the making of a durable event to its being handed to the last transport that waited for it."""
+        self._push_lag.observe(max(0.0, lag_s))
+        self._push_lags.append(max(0.0, lag_s))
 
     async def measure_loop_lag(self) -> None:
         """Measures for ever how late the event loop is."""
@@ -79,7 +71,7 @@ class Metrics:
         self, log: EventLog, hub: Hub, runner: Runner, sessions: Sessions, limits: Limits, reaper: Reaper
     ) -> None:
         """From now on the statistics of these parts are among the metrics."""
-        self.registry.register(_Parts(self, log, hub, runner, sessions, limits, reaper))
+        self.registry.register(_Parts(log, hub, runner, sessions, limits, reaper))
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -93,8 +85,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
 
 
 class _Parts(Collector):
-    def __init__(self, metrics: Metrics, *parts: Any) -> None:
-        self._metrics = metrics
+    def __init__(self, *parts: Any) -> None:
         self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
@@ -115,7 +106,7 @@ class _Parts(Collector):
         yield _gauge("journal_writable", "1 while the journal can be written", int(log.fault is None))
         yield _counter("events_appended", "Durable events committed", log.statistics().events_appended)
         yield _counter("worker_crashes", "Worker processes that died on a chunk", running.worker_crashes)
-        yield _by("counter", "events_pushed", "Events handed to a transport", "transport", self._metrics.pushed)
+        yield _by("counter", "events_pushed", "Events handed to a transport", "transport", hub.statistics().pushed)
         yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused)
         yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped)
 

@@ -1,10 +1,12 @@
-"""Events as bytes on the wire, one function per format. Each event is framed once per format in use."""
+"""Events as bytes on the wire. Each event is framed once for each way in use, and every subscriber gets these bytes."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from app.core.event import Event
 
-_CACHED = 512  # events whose frames are at hand; every caught-up subscriber needs the same few
+_CACHED = 16  # events whose frames are at hand; those that catch up together need the same few
 
 
 @lru_cache(maxsize=_CACHED)
@@ -25,6 +27,27 @@ def frame_text(event: Event) -> str:
     return event.json.decode()
 
 
+@lru_cache(maxsize=_CACHED)
+def frame_websocket(event: Event) -> bytes:
+    """The whole frame of one WebSocket text message."""
+    return frame_message(event.json)
+
+
+def frame_message(payload: bytes) -> bytes:
+    """One text message of a server: a single frame, unmasked (RFC 6455, 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return b"\x81" + size.to_bytes(1) + payload
+    if size < 65_536:
+        return b"\x81\x7e" + size.to_bytes(2) + payload
+    return b"\x81\x7f" + size.to_bytes(8) + payload
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of an HTTP/1.1 body (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def open_sse(retry_ms: int) -> bytes:
     """The first bytes of every stream, sent at once, so that a proxy that buffers is found out."""
     return b": ok\nretry: %d\n\n" % retry_ms
@@ -32,3 +55,22 @@ def open_sse(retry_ms: int) -> bytes:
 
 HEARTBEAT_SSE = b": hb\n\n"
 HEARTBEAT_NDJSON = b"\n"
+PING = b"\x89\x00"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Framing:
+    """One way to write events straight to a transport."""
+
+    name: str
+    frame: Callable[[Event], bytes]
+    wrap: Callable[[bytes], bytes]
+    heartbeat: bytes  # as it is written
+
+    def encode(self, events: Iterable[Event]) -> bytes:
+        return self.wrap(b"".join(map(self.frame, events)))
+
+
+STREAM = Framing("event-stream", frame_sse, chunk, chunk(HEARTBEAT_SSE))
+LINES = Framing("x-ndjson", frame_ndjson, chunk, chunk(HEARTBEAT_NDJSON))
+MESSAGES = Framing("websocket", frame_websocket, bytes, PING)

@@ -1,77 +1,66 @@
-"""One consumer of events, whatever it is connected by."""
+"""One consumer of events, whatever it is connected by. It owns no queue: what it is behind, it reads from the log."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from heapq import merge
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol, Self
 
-from app.core.errors import UnknownScan
-from app.core.event import Cursor, Event, EventType, make_event
-from app.core.snapshot import make_snapshot
-from app.log.eventlog import READ_BYTES, EventLog
+from app.core.event import Cursor, Event
+from app.log.eventlog import EventLog
+from app.push.frames import Framing
+from app.push.reader import Reader, Watch
 
-
-class _Watch:
-    """How far one subscriber has read one scan."""
-
-    __slots__ = ("after", "is_gone", "progress", "resets")
-
-    def __init__(self, after: int, resets: str | None) -> None:
-        self.after = after
-        self.is_gone = False  # the scan was reaped while it was watched, and this was told
-        self.progress: Event | None = None  # the last one given
-        self.resets = resets  # why the cursor could not be used; told before anything else
+logger = logging.getLogger(__name__)
 
 
-class Subscriber:
-    """A cursor per watched scan, and a wake-up. It owns no queue: what it is behind, it reads from the log.
+class Subscriber(Reader):
+    """Who watches some scans, and is woken when there is something new."""
 
-    Durable events come in the order of `n` across all scans, each once. Progress is folded to the latest, and comes
-    only when all durable events of its scan have been given.
-    """
-
-    def __init__(self, log: EventLog, transport: str) -> None:
+    def __init__(self, log: EventLog, transport: str, left: Callable[[Any], None]) -> None:
+        super().__init__(log)
         self.transport = transport
-        self.since_ms = log.now_ms()
-        self.watches: dict[str, _Watch] = {}
-        self._log = log
+        self.pushed = 0  # events given so far
+        self._left = left
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left(self)
+
+    def wake(self) -> None:
+        """There may be something new."""
+        raise NotImplementedError
+
+    def close(self, farewell: Event) -> None:
+        """Ends the subscription with this event."""
+        raise NotImplementedError
+
+
+class Puller(Subscriber):
+    """A subscriber whose consumer asks for what is new: polls, and streams on any ASGI server."""
+
+    def __init__(
+        self, log: EventLog, transport: str, left: Callable[["Puller"], None], note_lag: Callable[[float], None]
+    ) -> None:
+        super().__init__(log, transport, left)
+        self._note_lag = note_lag
+        self._since_ms = log.now_ms()
         self._awake = asyncio.Event()
         self._farewell: Event | None = None
-
-    def watch(self, scan_id: str, cursor: Cursor | None) -> None:
-        """Starts behind `cursor`; from the first event without one. Raises UnknownScan.
-
-        A cursor that does not fit the log is answered in band with `reset`, and everything that is kept follows.
-        """
-        scan = self._log.get(scan_id)
-        if cursor is None:
-            self.watches[scan_id] = _Watch(0, "trimmed" if scan.is_trimmed else None)
-        elif cursor.epoch != self._log.epoch:
-            self.watches[scan_id] = _Watch(0, "epoch")
-        elif cursor.n > self._log.shown_n:
-            self.watches[scan_id] = _Watch(0, "unknown")
-        elif scan.is_trimmed and cursor.n < scan.n:
-            self.watches[scan_id] = _Watch(0, "trimmed")
-        else:
-            self.watches[scan_id] = _Watch(cursor.n, None)
-        self.wake()
-
-    def unwatch(self, scan_id: str) -> None:
-        self.watches.pop(scan_id, None)
 
     def wake(self) -> None:
         self._awake.set()
 
-    @property
-    def is_done(self) -> bool:
-        """Every watched scan has ended, and everything was given."""
-        for scan_id, watch in self.watches.items():
-            scan = self._log.find(scan_id)
-            if scan is None:
-                if not watch.is_gone:
-                    return False
-            elif watch.resets is not None or not scan.state.is_terminal or watch.after < scan.n:
-                return False
-        return True
+    def close(self, farewell: Event) -> None:
+        self._farewell = farewell
+        self.wake()
+
+    async def read(self) -> list[Event]:
+        """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing."""
+        while (batch := self.read_nowait()) is None:
+            await self.fetch()
+        return batch
 
     async def batches(
         self, *, heartbeat_s: float | None = None, ends: bool = True
@@ -90,6 +79,9 @@ class Subscriber:
             batch = await self.read()
             if batch:
                 yield batch
+                self._note(batch)
+                if not ends and self._awake.is_set():
+                    yield []
                 continue
             if ends and self.is_done:
                 return
@@ -102,65 +94,96 @@ class Subscriber:
                 if not ends:
                     yield []
 
-    def close(self, farewell: Event) -> None:
-        """Ends `batches` with this event."""
-        self._farewell = farewell
+    def _note(self, batch: Sequence[Event]) -> None:
+        """These events were handed to the transport just now."""
+        self.pushed += len(batch)
+        # What happened before it came is history, and says nothing about how fast events are pushed.
+        if batch[-1].n is not None and batch[-1].ts >= self._since_ms:
+            self._note_lag((self._log.now_ms() - batch[-1].ts) / 1000)
+
+
+class Wire(Protocol):
+    """The way straight to one peer's transport; `app.push.wire` has it for uvicorn."""
+
+    # False while the transport holds more than it should, and from `finish` on. Whoever was skipped is woken when the
+    # transport has drained.
+    is_ready: bool
+
+    def open(self, drained: Callable[[], None]) -> None:
+        """A stream begins; `drained` is called when the transport has drained."""
+
+    def write(self, data: bytes) -> None:
+        """Hands over ready frames, as they are and in this order."""
+
+    def beat(self, heartbeat: bytes) -> None:
+        """Shows the peer that it is not forgotten."""
+
+    def finish(self) -> None:
+        """Nothing more will be written."""
+
+    def abort(self) -> None:
+        """Breaks the connection off."""
+
+
+class Pusher(Subscriber):
+    """A subscriber that is written to, without a task of its own.
+
+    While its transport is behind it is skipped; when that has drained, it reads on in the log from its own cursor.
+    With `ends`, it finishes when all scans that it watches have ended.
+    """
+
+    def __init__(
+        self, log: EventLog, wire: Wire, framing: Framing, left: Callable[["Pusher"], None], *, ends: bool
+    ) -> None:
+        super().__init__(log, framing.name, left)
+        self.wire = wire
+        self.framing = framing
+        self.only: Watch | None = None  # what it watches, if that is one scan
+        self._ends = ends
+        self._reading: asyncio.Task[None] | None = None
+        wire.open(self.wake)
+
+    def watch(self, scan_id: str, cursor: Cursor | None) -> Watch:
+        watch = super().watch(scan_id, cursor)
+        self.only = watch if len(self.watches) == 1 else None
+        return watch
+
+    def unwatch(self, scan_id: str) -> None:
+        super().unwatch(scan_id)
+        self.only = next(iter(self.watches.values())) if len(self.watches) == 1 else None
+
+    def wake(self) -> None:
+        if not self.wire.is_ready or self._reading is not None:
+            return
+        batch = self.read_nowait()
+        if batch is None:
+            self._reading = asyncio.get_running_loop().create_task(self._read_on())
+        elif batch:
+            self.wire.write(self.framing.encode(batch))
+            self.pushed += len(batch)
+            asyncio.get_running_loop().call_soon(self.wake)  # a page a turn: the others have theirs to be written
+        elif self._ends and self.is_done:
+            self.wire.finish()
+
+    async def _read_on(self) -> None:
+        try:
+            await self.fetch()
+        except Exception:
+            logger.exception("a stream cannot be read on", extra={"action": "stream_broken"})
+            self.wire.abort()  # the client comes back with its cursor
+            return
+        self._reading = None
         self.wake()
 
-    async def read(self) -> list[Event]:
-        """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing."""
-        batch = self._take_resets()
-        pages, horizon = await self._read_pages()
-        size = 0
-        for event in merge(*pages, key=lambda event: event.n or 0):
-            size += len(event.json)
-            if (horizon is not None and (event.n or 0) > horizon) or (size > READ_BYTES and batch):
-                return batch
-            watch = self.watches.get(event.scan)
-            if watch is not None:
-                watch.after = event.n or 0
-                batch.append(event)
-        return batch + self._take_progress()
+    def beat(self) -> None:
+        if self.wire.is_ready:
+            self.wire.beat(self.framing.heartbeat)
 
-    async def _read_pages(self) -> tuple[list[list[Event]], int | None]:
-        """What comes next of each scan, and the number up to which nothing is missing between these pages."""
-        # A later event must not overtake one that is committed while another scan's page is read.
-        horizon: int | None = self._log.shown_n
-        pages = []
-        for scan_id, watch in list(self.watches.items()):
-            try:
-                page = await self._log.read(scan_id, watch.after)
-                target = self._log.get(scan_id).n
-            except UnknownScan:  # reaped while it was watched; _take_resets says so the next time
-                continue
-            if page:
-                pages.append(page)
-                last = page[-1].n or 0
-                if last < target:
-                    horizon = last if horizon is None else min(horizon, last)
-        return pages, horizon
+    def close(self, farewell: Event) -> None:
+        self.wire.write(self.framing.encode([farewell]))
+        self.wire.finish()
 
-    def _take_resets(self) -> list[Event]:
-        resets = []
-        for scan_id, watch in self.watches.items():
-            if self._log.find(scan_id) is None and not watch.is_gone:
-                watch.is_gone = True
-                watch.resets = "trimmed"
-            if watch.resets is not None:
-                resets.append(self._make_reset(scan_id, watch.resets))
-                watch.resets = None
-        return resets
-
-    def _make_reset(self, scan_id: str, reason: str) -> Event:
-        log, scan = self._log, self._log.find(scan_id)
-        snapshot = None if scan is None else make_snapshot(scan, log.get_progress(scan_id), log.epoch)
-        return make_event(EventType.RESET, scan_id, 0, {"reason": reason, "snapshot": snapshot}, log.now_ms())
-
-    def _take_progress(self) -> list[Event]:
-        fresh = []
-        for scan_id, watch in self.watches.items():
-            event = self._log.get_progress_event(scan_id)
-            if event is not None and event is not watch.progress and watch.after >= self._log.get(scan_id).n:
-                watch.progress = event
-                fresh.append(event)
-        return fresh
+    def __exit__(self, *_: object) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        super().__exit__()
