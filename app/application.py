@@ -18,13 +18,14 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from app.api import operations, polling, scans, sse, websocket
+from app.api import external, operations, polling, scans, sse, websocket
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
 from app.core.settings import Settings
 from app.engine.admission import Admission
+from app.engine.external import Producers
 from app.engine.limits import Limits
 from app.engine.reaper import Reaper
 from app.engine.runner import Runner
@@ -59,7 +60,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     routes = [
         _route("/v1/scans", GET=scans.list_scans, POST=scans.submit_scan),
         _route("/v1/scans/{id}", GET=polling.get_snapshot, DELETE=scans.cancel_scan),
-        Route("/v1/scans/{id}/events", sse.get_scan_events, methods=["GET"]),
+        _route("/v1/scans/{id}/events", GET=sse.get_scan_events, POST=external.post_events),
         Route("/v1/scans/{id}/matches", scans.get_matches, methods=["GET"]),
         Route("/v1/scans/{id}/matches.{suffix}", scans.get_matches, methods=["GET"]),
         Route("/v1/events", sse.get_events, methods=["GET"]),
@@ -77,13 +78,13 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
-    return protect(app, settings, shortcut=lambda security: polling.PlainPolls(security, app))
+    return protect(app, settings, external.has_own_token, lambda security: polling.PlainPolls(security, app))
 
 
-def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> Route:
+def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:
     """One route for all methods of an address, so that `Allow` names every one of them."""
 
-    async def dispatch(request: Request) -> Response:
+    async def dispatch(request: Request) -> ASGIApp:
         return await endpoints["GET" if request.method == "HEAD" else request.method](request)
 
     return Route(path, dispatch, methods=list(endpoints))
@@ -117,9 +118,10 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             sessions = Sessions(
                 idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=time.monotonic
             )
-            admission = Admission(settings, log, runner, limits, sessions, store, clock=time.monotonic)
-            reaper = Reaper(settings, log, runner, admission, sessions, limits)
-            runner.finished = sessions.forget
+            producers = Producers(settings, log, clock=time.monotonic)
+            admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=time.monotonic)
+            reaper = Reaper(settings, log, runner, producers, admission, sessions, limits)
+            runner.finished = producers.finished = sessions.forget
             metrics.watch(log, hub, runner, sessions, limits, reaper)
             app.state.service = Service(
                 settings=settings,
@@ -129,6 +131,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 limits=limits,
                 sessions=sessions,
                 runner=runner,
+                producers=producers,
                 admission=admission,
                 reaper=reaper,
                 metrics=metrics,

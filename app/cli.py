@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_PORT = 8000
 COMPLETED, FAILED, REFUSED, UNREACHABLE, CANCELLED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
+STATE_CODES = {"completed": COMPLETED, "cancelled": CANCELLED}
+EXTERNAL = "external"
 EXIT_CODES = (
     "Exit codes: 0 completed · 1 the scan failed or was lost · 2 wrong usage, or the server refused · "
     "3 no server can be reached · 4 the scan was cancelled · 130 Ctrl-C."
@@ -128,6 +130,12 @@ def scan(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Run a scan and show what it finds, live. Ctrl-C leaves it running."""
+    if name == EXTERNAL:
+        _fail(
+            "A scan of `external` is worked on elsewhere: there is nothing to run here. Post what your program finds "
+            'with: your-program | scanwire publish --title "…"',
+            REFUSED,
+        )
     given = {"start": start, "end": end, "where": where, "preset": preset}
     params: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if symbols is not None:
@@ -146,6 +154,29 @@ def scan(
         if snapshot.get("joined"):
             _say(f"The same scan exists already; this is it ({snapshot['state']}). --fresh runs it anew.")
         return await _watch(client, [submitted.id], as_json, {submitted.id: name})
+
+    _finish(_call(run, url))
+
+
+@app.command(
+    epilog='A line is an event, such as {"type":"progress","done":1}, {"type":"matches","rows":[…]} or '
+    '{"type":"end","state":"completed"}; an object without a type is one match. ' + EXIT_CODES
+)
+def publish(
+    title: Annotated[str, typer.Option(help="What it is, for people.")],
+    total: Annotated[int | None, typer.Option(min=0, help="Units of work, if that is known.")] = None,
+    unit: Annotated[str, typer.Option(help="What `done` and the total count.")] = "steps",
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Publish lines of JSON from standard input as a scan, as they come. Its id and address are the first line out.
+
+    At the end of the input the scan is completed, by a bad line it failed, by Ctrl-C it is cancelled.
+    """
+
+    async def run(client: "Client", watching: list[str]) -> int:
+        from app.commands.publish import publish_input
+
+        return STATE_CODES.get(await publish_input(client, title, total, unit), FAILED)
 
     _finish(_call(run, url))
 
@@ -297,9 +328,8 @@ async def _watch(client: "Client", ids: Sequence[str], as_json: bool, names: dic
     views = [ScanView(id, names.get(id, "scan")) for id in ids]
     display = choose_display(views, as_json=as_json)
     await show_events(views, display, client.watch(ids))
-    codes = {"completed": COMPLETED, "cancelled": CANCELLED}
     worst = (FAILED, CANCELLED, COMPLETED)
-    return min((codes.get(view.state, FAILED) for view in views), key=worst.index)
+    return min((STATE_CODES.get(view.state, FAILED) for view in views), key=worst.index)
 
 
 def _dump(value: Any) -> str:

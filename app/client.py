@@ -42,11 +42,13 @@ from app.follow import (
     describe_break,
     read_refusal,
 )
+from app.produce import Accepted, Production
 
 __all__ = [
     "BrokenStream",
     "Client",
     "ClientError",
+    "Production",
     "RemoteScan",
     "RequestRefused",
     "Result",
@@ -55,6 +57,7 @@ __all__ = [
     "Unreachable",
 ]
 
+EXTERNAL = "external"
 REQUEST_S = 30.0
 REQUEST_TRIES = 3  # of one request, while connections break
 LIST_PAGE = 200
@@ -146,6 +149,33 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(16), "Content-Type": POLL}
         snapshot = await self.request("POST", "/v1/scans", headers=headers, content=orjson.dumps(body))
         return RemoteScan(self, snapshot["id"], snapshot)
+
+    def produce(
+        self,
+        title: str,
+        *,
+        total: int | None = None,
+        unit: str | None = None,
+        cancel_when_unwatched_s: float | None = None,
+    ) -> Production:
+        """A scan whose work is done here: use it in `async with`, and say in the block what was done.
+
+        `total` counts units of work, if that is known; `unit` names them.
+        """
+        given = {"title": title, "total": total, "unit": unit}
+        params = {name: value for name, value in given.items() if value is not None}
+
+        async def submit() -> Accepted:
+            for _ in range(REQUEST_TRIES):
+                scan = await self.submit(EXTERNAL, params, cancel_when_unwatched_s=cancel_when_unwatched_s)
+                answer = scan.submitted or {}
+                if "producer_token" in answer:
+                    return Accepted(scan.id, answer["links"]["events"], answer["producer_token"])
+                # The connection broke over the answer with the token, and it is not told twice.
+                await scan.cancel()
+            raise Unreachable("The connection broke over every answer to the submission.")
+
+        return Production(self._http, self._habits, submit)
 
     def scan(self, scan_id: str) -> "RemoteScan":
         """A scan that exists already; nothing is asked of the server yet."""

@@ -34,7 +34,7 @@ LONG_POLL_S = 25
 HELD_POLL_S = 1.0  # the longest wait after a poll that the server held open: nothing else happened meanwhile
 SAME_GAP_MAX = 3  # reading again has not closed it
 _FORMAT_STATUS = frozenset((406, 415))
-_LATER_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
+LATER_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 class ClientError(Exception):
@@ -296,6 +296,6 @@ async def _check_answer(answer: httpx.Response, format_: str) -> None:
     if answer.status_code in _FORMAT_STATUS:
         raise _NextFormat(str(read_refusal(answer)))
     refusal = read_refusal(answer)
-    if answer.status_code in _LATER_STATUS:
+    if answer.status_code in LATER_STATUS:
         raise _ComeBack(refusal, refusal.retry_after_s)
     raise refusal

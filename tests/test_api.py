@@ -381,7 +381,11 @@ async def test_each_scanner_is_listed_with_its_schema_and_the_names_for_where(se
         "lc-d3-1",
     ]
     assert "trial-gated" in names
+    assert [scanner["name"] for scanner in answer["scanners"] if scanner["is_external"]] == ["external"]
     for scanner in answer["scanners"]:
+        if scanner["is_external"]:
+            assert set(scanner["params"]["properties"]) == {"title", "total", "unit"}
+            continue
         assert {"start", "end", "symbols", "where"} <= set(scanner["params"]["properties"])
     assert "gap_pct" in answer["features"]
 

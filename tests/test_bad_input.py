@@ -228,8 +228,9 @@ async def test_other_wrong_requests_say_what_would_be_right(serving: Serving, fi
 # WebSocket
 
 
-def open_socket(serving: Serving, **options: Any) -> Any:
-    return connect(serving.url.replace("http", "ws") + "/v1/ws", subprotocols=[Subprotocol("scanwire.v1")], **options)
+def open_socket(serving: Serving, query: str = "", **options: Any) -> Any:
+    address = serving.url.replace("http", "ws") + "/v1/ws" + (f"?{query}" if query else "")
+    return connect(address, subprotocols=[Subprotocol("scanwire.v1")], **options)
 
 
 async def ask(socket: ClientConnection, message: str | bytes) -> dict[str, Any]:
@@ -306,6 +307,41 @@ async def test_a_page_of_another_site_cannot_open_a_websocket(serving: Serving) 
     with pytest.raises(InvalidStatus) as refused:
         await open_socket(serving, origin="https://evil.example").__aenter__()
     assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "field"),
+    [
+        ("scan=s_nobody", 404, None),
+        ("scan={finished}&scan=s_nobody", 404, None),
+        ("scan={finished}&after=garbage", 400, "after"),
+        ("after=abcd-1", 422, "scan"),
+        ("&".join(f"scan=s_{number}" for number in range(101)), 422, "scan"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_a_websocket_to_a_wrong_scan_or_cursor_is_refused_before_the_handshake(
+    serving: Serving, finished: str, query: str, status: int, field: str | None
+) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        await open_socket(serving, query.format(finished=finished)).__aenter__()
+    response = refused.value.response
+    answer = httpx.Response(
+        response.status_code, headers=list(response.headers.raw_items()), content=bytes(response.body or b"")
+    )
+    check_problem(answer, status, *([field] if field else []))
+
+
+async def test_a_websocket_that_names_scans_in_its_address_gets_their_events_at_once(
+    serving: Serving, finished: str
+) -> None:
+    every = (await serving.http.get(f"/v1/scans/{finished}/events")).json()["events"]
+    async with open_socket(serving, f"scan={finished}&scan={finished}") as socket:
+        assert [json.loads(await socket.recv()) for _ in every] == every
+        assert (await ask(socket, json.dumps({"op": "unsubscribe", "scan": finished})))["ok"] is True
+    async with open_socket(serving, f"scan={finished}&after={every[-2]['id']}") as socket:
+        assert json.loads(await socket.recv()) == every[-1]
+        assert (await ask(socket, '{"op":"ping"}'))["ok"] is True
 
 
 async def test_a_peer_that_speaks_another_subprotocol_is_refused(serving: Serving) -> None:

@@ -41,7 +41,9 @@ class Ended(NamedTuple):
     err: str
 
 
-async def start(*words: str, env: Mapping[str, str] | None = None, out: int | None = None) -> Process:
+async def start(
+    *words: str, env: Mapping[str, str] | None = None, out: int | None = None, given: int = asyncio.subprocess.DEVNULL
+) -> Process:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SCANWIRE_")}
     return await asyncio.create_subprocess_exec(
         sys.executable,
@@ -50,7 +52,7 @@ async def start(*words: str, env: Mapping[str, str] | None = None, out: int | No
         *words,
         cwd=ROOT,
         env={**clean, **(env or {})},
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=given,
         stdout=asyncio.subprocess.PIPE if out is None else out,
         stderr=asyncio.subprocess.PIPE,
     )

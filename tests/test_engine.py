@@ -24,6 +24,7 @@ from app.core.event import EventType
 from app.core.scan import Scan, State, digest_rows
 from app.core.settings import Settings
 from app.engine.admission import Admission, Submission
+from app.engine.external import Producers
 from app.engine.limits import Limits
 from app.engine.reaper import Reaper
 from app.engine.runner import Runner
@@ -57,16 +58,26 @@ class Engine:
         await self.log.open()
         try:
             async with Runner(self.settings, self.log, clock=loop.time) as self.runner:
+                self.producers = Producers(self.settings, self.log, clock=lambda: self.now)
                 self.admission = Admission(
                     self.settings,
                     self.log,
                     self.runner,
+                    self.producers,
                     self.limits,
                     self.sessions,
                     self.store,
                     clock=lambda: self.now,
                 )
-                self.reaper = Reaper(self.settings, self.log, self.runner, self.admission, self.sessions, self.limits)
+                self.reaper = Reaper(
+                    self.settings,
+                    self.log,
+                    self.runner,
+                    self.producers,
+                    self.admission,
+                    self.sessions,
+                    self.limits,
+                )
                 await self.admission.take_up()
                 yield self
         finally:

@@ -115,7 +115,7 @@ def test_every_operation_has_an_id_of_its_own() -> None:
 
 def test_keys_are_in_the_document_when_they_are_configured() -> None:
     assert "security" not in DOCUMENT
-    assert "securitySchemes" not in DOCUMENT["components"]
+    assert set(DOCUMENT["components"]["securitySchemes"]) == {"producer"}
     with_keys = make_document(Settings(**KEYS))
     schemathesis.openapi.from_dict(copy.deepcopy(with_keys)).validate()
     assert with_keys["security"] == [{"bearer": []}, {"header": []}]
@@ -315,22 +315,25 @@ def test_models_take_no_member_that_is_not_named() -> None:
 # Schemathesis: requests made from the document, good and bad, over real HTTP
 
 
-EXISTING = "s_" + "E" * 22
+EXISTING, PRODUCED = "s_" + "E" * 22, "s_" + "P" * 22
+TOKEN = {"Authorization": f"Bearer {PRODUCED[2:]}"}
 
 
 def narrow_ids(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the one scan as id that the fuzzed server has; any other id is then a bad one."""
+    """The document with the scans as ids that the fuzzed server has; any other id is then a bad one."""
     document = copy.deepcopy(document)
-    for part in walk(document["paths"]):
-        if part.get("pattern") == models.SCAN_ID:
-            del part["pattern"]
-            part["enum"] = [EXISTING]
+    for item in document["paths"].values():
+        for method, operation in item.items():
+            for part in walk(operation):
+                if part.get("pattern") == models.SCAN_ID:
+                    del part["pattern"]
+                    part["enum"] = [PRODUCED if method == "post" else EXISTING]
     return document
 
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> Iterator[str]:
-    """The address of a server on another thread, which has one scan that has ended."""
+    """The address of a server on another thread, which has one scan that has ended and one that waits for events."""
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(serve(tmp_path_factory.mktemp("state"), sample_prices)) as serving,
@@ -339,7 +342,16 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> Ite
             patch.setattr("secrets.token_urlsafe", lambda size: EXISTING[2:])
             portal.call(partial(serving.submit, preset="relaxed"))
             portal.call(serving.finish, EXISTING)
+            patch.setattr("secrets.token_urlsafe", lambda size: PRODUCED[2:])
+            portal.call(serving.submit, "external")
         yield serving.url
+
+
+@schemathesis.serializer("application/x-ndjson")
+def write_lines(context: Any, value: Any) -> bytes:
+    """One line for each item; anything may be on it, since OpenAPI cannot say what belongs there."""
+    items = value if isinstance(value, list) else [value]
+    return b"".join(json.dumps(item).encode() + b"\n" for item in items)
 
 
 load_all_checks()
@@ -354,5 +366,7 @@ def test_requests_made_from_the_document_are_answered_as_it_says(case: Any, fuzz
     # JSON Schema cannot say which symbols there are, that start comes before end, or what `where` may hold.
     excluded = [POSITIVE_DATA_ACCEPTANCE] if case.method == "POST" else []
     formats = case.operation.definition.raw["responses"].get("200", {}).get("content", {})
+    token = TOKEN if case.operation.label == "POST /v1/scans/{id}/events" else {}
     for accept in formats or ["*/*"]:
-        case.call_and_validate(base_url=fuzzed, headers={"Accept": accept}, excluded_checks=excluded, timeout=10)
+        headers = {"Accept": accept, **token}
+        case.call_and_validate(base_url=fuzzed, headers=headers, excluded_checks=excluded, timeout=10)

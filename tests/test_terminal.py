@@ -57,6 +57,37 @@ def test_columns_that_do_not_fit_are_left_out_and_no_line_wraps(width: int) -> N
     assert lines[0].startswith("symbol")
 
 
+def test_rows_of_other_programs_may_hold_anything_under_any_name() -> None:
+    """They can neither break the display nor command the terminal."""
+    rows: list[dict[str, object]] = [
+        {"symbol": None, "close": "n/a", "volume": True, "gap_pct": "[/x]", "adv20_usd": "\x1b[2J", "[red]\n": 1},
+        {"close": 2, "[red]\n": "[bold]"},
+    ]
+    columns = choose_columns(rows)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(make_table(columns, rows))
+    assert isinstance(console.file, io.StringIO)
+    out = io.StringIO()
+    PlainDisplay(out, io.StringIO()).take(parse(make_event(1, "matches", {"chunk": 0, "rows": rows})))
+    for shown in (console.file.getvalue(), out.getvalue()):
+        assert len(shown.splitlines()) == 3
+        assert "\x1b" not in shown
+        for text in ("n/a", "yes", "[/x]", "[2J", "[red]", "[bold]"):
+            assert text in shown
+
+
+def test_without_a_total_only_what_is_done_is_shown() -> None:
+    view = ScanView(SCAN)
+    started = {"scanner": "external", "total": None, "unit": "pages\x07"}
+    view.take(parse(make_event(1, "started", started)))
+    progress = {"done": 7, "total": None, "rate": None, "eta_s": None}
+    view.take(parse({**make_event(1, "progress", progress), "id": None}))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view.render())
+    assert isinstance(console.file, io.StringIO)
+    assert " 7 pages\N{REPLACEMENT CHARACTER}" in console.file.getvalue()
+
+
 def test_numbers() -> None:
     assert [show_number(value) for value in (None, True, 1234567, 0.456, 1234567.8, "D1")] == [
         *("–", "yes", "1,234,567", "0.46", "1,234,568", "D1")

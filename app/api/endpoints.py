@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from app.api import models, operations, polling, scans, sse
+from app.api import external, models, operations, polling, scans, sse
 from app.api.formats import CSV, JSON, NDJSON, PARQUET, SSE
 from app.core.errors import (
     AtCapacity,
@@ -24,6 +24,7 @@ from app.core.errors import (
     RateLimited,
     ScanwireError,
     SlowBody,
+    TokenRequired,
     Trimmed,
     UnknownScan,
     UnsupportedMedia,
@@ -65,12 +66,14 @@ class Endpoint:
     id: str = ""  # operationId; the handler's name when empty
     parameters: Sequence[Parameter] = ()
     takes_submission: bool = False
+    takes: Mapping[str, type[BaseModel] | Schema] = field(default_factory=dict)  # another body, as in Answer.content
     answers: Mapping[int, Answer]
     # Beside those that can come anywhere, see `app.api.openapi.list_refusals`.
     refusals: tuple[type[ScanwireError], ...] = ()
     is_probe: bool = False  # needs neither key nor a Host that is allowed
     is_stream: bool = False
     needs_operator: bool = False
+    needs_token: bool = False  # that of a scan's producer
 
 
 LIMITED = ("RateLimit-Policy", "RateLimit")
@@ -101,7 +104,7 @@ IF_NONE_MATCH = Parameter(
 # OpenAPI 3.1 has no way to say what the items of a stream are; 3.2 calls it `itemSchema`.
 _EVENTS: Schema = {"x-item-schema": {"$ref": REF.format(model="Event")}}
 _TEXT: Schema = {"schema": {"type": "string"}}
-_ROWS: Schema = {"x-item-schema": {"$ref": REF.format(model="MatchRow")}}
+_ROWS: Schema = {"x-item-schema": {"anyOf": [{"$ref": REF.format(model=name)} for name in ("MatchRow", "ExternalRow")]}}
 _POLL_HEADERS = ("ETag", "Retry-After?", "Preference-Applied?", *LIMITED)
 _MATCHES = Answer(
     text="All rows found so far.",
@@ -124,6 +127,10 @@ _EVENT_ANSWERS = {
 _EVENT_REFUSALS = (InvalidCursor, UnknownScan, NotAcceptable, RateLimited, AtCapacity)
 
 
+def _answer_submitted(text: str) -> Answer:
+    return Answer(text=text, content={JSON: models.Submitted}, headers=("Location", *LIMITED))
+
+
 def _answer_snapshot(text: str, *headers: str) -> Answer:
     return Answer(text=text, content={JSON: models.Snapshot}, headers=headers)
 
@@ -136,7 +143,8 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             path="/v1/scans",
             handler=scans.submit_scan,
             summary="Submit a scan",
-            text="An equal scan that is queued, running or lately finished is joined, at no cost.",
+            text="An equal scan that is queued, running or lately finished is joined, at no cost; but an external one, "
+            "which equals no other.",
             parameters=[
                 Parameter(
                     name="Idempotency-Key",
@@ -147,8 +155,8 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             ],
             takes_submission=True,
             answers={
-                200: _answer_snapshot("A scan that has ended answers this.", "Location", *LIMITED),
-                202: _answer_snapshot("The scan is queued or running.", "Location", *LIMITED),
+                200: _answer_submitted("A scan that has ended answers this."),
+                202: _answer_submitted("The scan is queued or running."),
             },
             refusals=(
                 InvalidRequest,
@@ -216,6 +224,40 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             answers=_EVENT_ANSWERS,
             refusals=_EVENT_REFUSALS,
             is_stream=True,
+        ),
+        Endpoint(
+            method="post",
+            path="/v1/scans/{id}/events",
+            handler=external.post_events,
+            summary="Post what the producer of an external scan did",
+            text="The events of one request are appended together or, when one of them is refused, not at all. "
+            f"A scan whose producer posts nothing for {settings.producer_timeout_s:g} s is lost; an empty array will "
+            "do as a sign of life.",
+            parameters=[
+                ID,
+                Parameter(
+                    name="Producer-Seq",
+                    place="header",
+                    schema={"type": "integer", "minimum": 1, "maximum": external.MAX_NUMBER},
+                    text="Counts the requests that have it. With the same number a request can be sent again safely: "
+                    "it is acknowledged, and not appended twice.",
+                ),
+            ],
+            takes={
+                JSON: external.PostedEvents,
+                NDJSON: {"x-item-schema": {"$ref": REF.format(model="PostedEvent")}},
+            },
+            answers={202: Answer(text="All of it is in the journal.", content={JSON: external.Appended})},
+            refusals=(
+                TokenRequired,
+                UnknownScan,
+                Conflict,
+                SlowBody,
+                UnsupportedMedia,
+                InvalidParams,
+                JournalUnavailable,
+            ),
+            needs_token=True,
         ),
         Endpoint(
             method="get",

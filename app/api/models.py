@@ -64,6 +64,12 @@ class Problem(Wire):
         None, alias="violated-policies", description="as in RateLimit-Policy", json_schema_extra=_drop_default
     )
     max_bytes: int | SkipJsonSchema[None] = Field(None, json_schema_extra=_drop_default)
+    expected: int | SkipJsonSchema[None] = Field(
+        None, description="the Producer-Seq that would fit", json_schema_extra=_drop_default
+    )
+    state: State | SkipJsonSchema[None] = Field(
+        None, description="how the scan has ended", json_schema_extra=_drop_default
+    )
     incident: str | SkipJsonSchema[None] = Field(
         None, description="quote it to who runs the server", json_schema_extra=_drop_default
     )
@@ -80,7 +86,7 @@ class Queued(Wire):
 class Started(Wire):
     scanner: str
     params: Annotated[dict[str, Any], Field(description="normalised: every default is filled in")]
-    total: Count
+    total: Annotated[Count | None, Field(description="units of work; null: not known yet")]
     unit: str
     data_version: str
     attempt: Annotated[int, Field(ge=1, description="more than 1 after a restart of the server")]
@@ -90,7 +96,7 @@ class Progress(Wire):
     """Work done so far."""
 
     done: Count
-    total: Count
+    total: Annotated[Count | None, Field(description="null: not known yet")]
     unit: str
     rate: Annotated[float | None, Field(description="units per second")]
     eta_s: RangeS | None
@@ -120,9 +126,16 @@ class MatchRow(BaseModel):
     parabolic_score: float | None
 
 
+class ExternalRow(RootModel[dict[str, float | str | bool | None]]):
+    """One match of an external scan: the columns that its producer gave it."""
+
+
+Rows = list[MatchRow] | list[ExternalRow]
+
+
 class FoundMatches(Wire):
-    chunk: Count
-    rows: list[MatchRow]
+    chunk: Annotated[int, Field(ge=0, description="the unit of work that they come from")]
+    rows: Rows
 
 
 class Cancelling(Wire):
@@ -181,6 +194,15 @@ class Snapshot(Wire):
     poll_after_s: Annotated[float | None, Field(ge=0, description="poll again after this; null: nothing more comes")]
     links: Links
     end: End | None
+
+
+class Submitted(Snapshot):
+    producer_token: str | SkipJsonSchema[None] = Field(
+        None,
+        description="of an external scan, shown this once: lets its producer post events. A scan that is joined by "
+        "its Idempotency-Key comes without",
+        json_schema_extra=_drop_default,
+    )
 
 
 class Reset(Wire):
@@ -311,7 +333,7 @@ class Matches(Wire):
     scanner: str
     state: Annotated[State, Field(description="the rows are all there once the scan has ended")]
     matches: Count
-    rows: list[MatchRow]
+    rows: Rows
 
 
 class ScannerInfo(Wire):
@@ -322,6 +344,7 @@ class ScannerInfo(Wire):
     params: Annotated[dict[str, Any], Field(description="JSON Schema of its parameters")]
     presets: Annotated[dict[str, dict[str, Any]], Field(description="named sets of values for `preset`")]
     columns: Annotated[dict[str, str], Field(description="its own columns in a match, and what they mean")]
+    is_external: Annotated[bool, Field(description="the server does not work on it: a producer posts its events")]
 
 
 class ScannerList(Wire):
@@ -329,4 +352,14 @@ class ScannerList(Wire):
     features: Annotated[dict[str, str], Field(description="what `where` knows beside the price columns")]
 
 
-ANSWERS: tuple[type[BaseModel], ...] = (Problem, Event, Snapshot, EventsPage, ScanList, Matches, ScannerList)
+ANSWERS: tuple[type[BaseModel], ...] = (
+    Problem,
+    Event,
+    Snapshot,
+    Submitted,
+    ExternalRow,
+    EventsPage,
+    ScanList,
+    Matches,
+    ScannerList,
+)

@@ -16,14 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
-from app.api import models, operations
+from app.api import external, models, operations
 from app.api.endpoints import IF_NONE_MATCH, REF, Answer, Endpoint, Parameter, Schema, list_endpoints
 from app.api.formats import JSON
 from app.core.errors import Forbidden, InvalidRequest, KeyRequired, ScanwireError, TooLarge
 from app.core.scan import State
 from app.core.settings import Settings
 from app.engine.admission import Submission
-from app.scanners.registry import Scanner, list_scanners
+from app.engine.external import SUMMARY, TITLE, ExternalParams
+from app.scanners.registry import EXTERNAL, Scanner, list_scanners
 
 PROBLEM = "application/problem+json"
 
@@ -54,7 +55,7 @@ _HEADERS: dict[str, tuple[Schema, str]] = {
         "state of the scan; before its end, rows may still come",
     ),
     "Content-Disposition": ({"type": "string"}, "a file name; of CSV and Parquet"),
-    "WWW-Authenticate": ({"type": "string"}, "how to send a key"),
+    "WWW-Authenticate": ({"type": "string"}, "how to send a key or token"),
 }
 # Fields of refusals, by status; those that need not be there end in `?`.
 _REFUSAL_HEADERS = {
@@ -78,10 +79,19 @@ def make_document(settings: Settings) -> Schema:
         "jsonSchemaDialect": "https://json-schema.org/draft/2020-12/schema",
         "info": {"title": "Scanwire", "version": __version__, "description": DESCRIPTION, "license": {"name": "MIT"}},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {
+                "producer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The `producer_token` that came with an external scan; no API key goes with it.",
+                }
+            },
+        },
     }
     if settings.api_keys or settings.operator_keys:
-        document["components"]["securitySchemes"] = {
+        document["components"]["securitySchemes"] |= {
             "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
@@ -97,7 +107,9 @@ def _make_schemas(scanners: Sequence[Scanner]) -> tuple[Mapping[Any, Schema], di
     wanted: list[type[BaseModel]] = [
         *models.ANSWERS,
         *operations.ANSWERS,
+        *external.MODELS,
         Submission,
+        ExternalParams,
         *dict.fromkeys(one.params for one in scanners),
     ]
     refs, made = models_json_schema([(model, "validation") for model in wanted], ref_template=REF)
@@ -106,21 +118,24 @@ def _make_schemas(scanners: Sequence[Scanner]) -> tuple[Mapping[Any, Schema], di
     plain = schemas["Submission"]
     schemas["Submission"] = {
         "description": plain["description"],
-        "oneOf": [_make_variant(plain, scanner, by_model[scanner.params]) for scanner in scanners],
+        "oneOf": [
+            *(_make_variant(plain, one.name, one.title, one.summary, by_model[one.params]) for one in scanners),
+            _make_variant(plain, EXTERNAL, TITLE, SUMMARY, by_model[ExternalParams]),
+        ],
     }
     return by_model, schemas
 
 
-def _make_variant(submission: Schema, scanner: Scanner, params: Schema) -> Schema:
+def _make_variant(submission: Schema, name: str, title: str, summary: str, params: Schema) -> Schema:
     """The submission of a scan by one scanner."""
     own = {
-        "scanner": {"const": scanner.name, "type": "string", "title": scanner.title},
+        "scanner": {"const": name, "type": "string", "title": title},
         "params": {**params, "description": submission["properties"]["params"]["description"], "default": {}},
     }
     return {
         **{name: value for name, value in submission.items() if name != "description"},
-        "title": scanner.title,
-        "description": scanner.summary,
+        "title": title,
+        "description": summary,
         "properties": submission["properties"] | own,
     }
 
@@ -140,6 +155,14 @@ def make_examples(scanners: Sequence[Scanner]) -> dict[str, Schema]:
     }
 
 
+_EXTERNAL_EXAMPLE: dict[str, Schema] = {
+    EXTERNAL: {
+        "summary": TITLE,
+        "value": {"scanner": EXTERNAL, "params": {"title": "Nightly report", "total": 3, "unit": "pages"}},
+    }
+}
+
+
 def _make_operation(endpoint: Endpoint, settings: Settings, refs: Mapping[Any, Schema]) -> Schema:
     operation: Schema = {
         "operationId": endpoint.id or endpoint.handler.__name__,
@@ -151,8 +174,12 @@ def _make_operation(endpoint: Endpoint, settings: Settings, refs: Mapping[Any, S
     if endpoint.parameters:
         operation["parameters"] = [_make_parameter(parameter) for parameter in endpoint.parameters]
     if endpoint.takes_submission:
-        content = {"schema": refs[Submission], "examples": make_examples(list_scanners())}
+        content = {"schema": refs[Submission], "examples": make_examples(list_scanners()) | _EXTERNAL_EXAMPLE}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
+    if endpoint.takes:
+        operation["requestBody"] = {"required": True, "content": _make_content(endpoint.takes, refs)}
+    if endpoint.needs_token:
+        operation["security"] = [{"producer": []}]
     if endpoint.is_probe and (settings.api_keys or settings.operator_keys):
         operation["security"] = []
     elif endpoint.needs_operator and settings.operator_keys:
@@ -171,7 +198,7 @@ def list_refusals(endpoint: Endpoint, settings: Settings) -> dict[type[ScanwireE
     refusals = [*endpoint.refusals, TooLarge, ScanwireError]
     if not endpoint.is_probe:
         refusals.append(InvalidRequest)
-        if settings.api_keys or settings.operator_keys:
+        if (settings.api_keys or settings.operator_keys) and not endpoint.needs_token:
             refusals.append(KeyRequired)
     if endpoint.is_stream or endpoint.method != "get":
         refusals.append(Forbidden)
@@ -188,11 +215,14 @@ def _make_parameter(parameter: Parameter) -> Schema:
     }
 
 
-def _make_answer(answer: Answer, refs: Mapping[Any, Schema]) -> Schema:
-    content = {
-        media_type: body if isinstance(body, dict) else {"schema": refs[body]}
-        for media_type, body in answer.content.items()
+def _make_content(content: Mapping[str, type[BaseModel] | Schema], refs: Mapping[Any, Schema]) -> Schema:
+    return {
+        media_type: body if isinstance(body, dict) else {"schema": refs[body]} for media_type, body in content.items()
     }
+
+
+def _make_answer(answer: Answer, refs: Mapping[Any, Schema]) -> Schema:
+    content = _make_content(answer.content, refs)
     made: Schema = {"description": answer.text}
     return made | ({"content": content} if content else {}) | _make_headers(answer.headers)
 

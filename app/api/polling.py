@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import orjson
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -121,7 +121,7 @@ def read_wait_s(request: Request, service: Service) -> float:
     return min(float(match[1]), service.settings.long_poll_max_s) if match else 0.0
 
 
-def read_cursor(request: Request) -> Cursor | None:
+def read_cursor(request: HTTPConnection) -> Cursor | None:
     """From `Last-Event-ID`, else from `?after=`. Raises InvalidCursor."""
     # A browser that reconnects sends the header, and the address it was opened with, which is older.
     given = (
@@ -141,7 +141,10 @@ def hint_next(service: Service, client: str, scan: Scan, after: int = 0) -> floa
         return None
     progress = service.log.get_progress(scan.id)
     version = (scan.n, None if progress is None else progress.done, after)
-    return service.sessions.poll(client, scan.id, version, service.runner.estimate_change(scan))
+    eta_s = service.runner.estimate_change(scan)
+    if scan.producer is not None and progress is not None:
+        eta_s = progress.eta_s
+    return service.sessions.poll(client, scan.id, version, eta_s)
 
 
 async def get_snapshot(request: Request) -> Response:

@@ -18,8 +18,9 @@ from app.core.scan import Scan
 from app.core.snapshot import make_snapshot
 from app.engine.admission import Submission
 from app.engine.export import export_rows
+from app.engine.external import SUMMARY, TITLE, ExternalParams
 from app.market.features import FEATURE_NAMES
-from app.scanners.registry import list_scanners
+from app.scanners.registry import EXTERNAL, list_scanners
 
 PAGE_DEFAULT, PAGE_MAX = 50, 200
 _MATCH_FORMATS = {"json": JSON, "ndjson": NDJSON, "csv": CSV, "parquet": PARQUET}
@@ -32,14 +33,14 @@ def make_answer(service: Service, client: str, scan: Scan, *, joined: bool = Fal
     return make_snapshot(scan, progress, service.log.epoch, joined=joined, poll_after_s=poll_after_s)
 
 
-def explain_validation(error: ValidationError) -> InvalidParams:
-    """Pydantic's findings as a refusal that names each field."""
-    return InvalidParams(
-        [
-            {"field": ".".join(map(str, one["loc"]))[:64] or "body", "message": one["msg"]}
-            for one in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-    )
+async def read_body(request: Request) -> bytes:
+    """The body. Raises TooLarge, SlowBody."""
+    wait_s = get_service(request).settings.body_wait_s
+    try:
+        async with asyncio.timeout(wait_s):
+            return await request.body()
+    except TimeoutError:
+        raise SlowBody(f"The body was not there after {wait_s:g} s. Send it in one go.") from None
 
 
 async def read_json(request: Request) -> Any:
@@ -47,12 +48,7 @@ async def read_json(request: Request) -> Any:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != JSON:
         raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON}.")
-    wait_s = get_service(request).settings.body_wait_s
-    try:
-        async with asyncio.timeout(wait_s):
-            body = await request.body()
-    except TimeoutError:
-        raise SlowBody(f"The body was not there after {wait_s:g} s. Send it in one go.") from None
+    body = await read_body(request)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -69,11 +65,13 @@ async def submit_scan(request: Request) -> Response:
     try:
         asked = Submission.model_validate(body)
     except ValidationError as error:
-        raise explain_validation(error) from None
-    scan, joined = await service.admission.submit(client, asked, request.headers.get("idempotency-key"))
+        raise InvalidParams.explain(error) from None
+    scan, joined, token = await service.admission.submit(client, asked, request.headers.get("idempotency-key"))
     if not joined:
         service.limits.refund("read", client)
     answer = make_answer(service, client, scan, joined=joined)
+    if token is not None:
+        answer["producer_token"] = token
     headers = {"Location": answer["links"]["self"], "Cache-Control": "no-store"}
     headers |= service.limits.headers("submit", client)
     status = 200 if scan.state.is_terminal else 202
@@ -117,21 +115,30 @@ async def list_all_scanners(request: Request) -> Response:
     """GET /v1/scanners: each with the JSON Schema of its parameters, and the names that `where` knows."""
     service, client = get_service(request), get_client(request)
     service.limits.charge("read", client)
-    answer = {
-        "scanners": [
-            {
-                "name": scanner.name,
-                "title": scanner.title,
-                "summary": scanner.summary,
-                "unit": scanner.unit,
-                "params": scanner.params.model_json_schema(),
-                "presets": scanner.presets,
-                "columns": scanner.columns,
-            }
-            for scanner in list_scanners()
-        ],
-        "features": FEATURE_NAMES,
+    scanners = [
+        {
+            "name": scanner.name,
+            "title": scanner.title,
+            "summary": scanner.summary,
+            "unit": scanner.unit,
+            "params": scanner.params.model_json_schema(),
+            "presets": scanner.presets,
+            "columns": scanner.columns,
+            "is_external": False,
+        }
+        for scanner in list_scanners()
+    ]
+    external = {
+        "name": EXTERNAL,
+        "title": TITLE,
+        "summary": SUMMARY,
+        "unit": ExternalParams().unit,
+        "params": ExternalParams.model_json_schema(),
+        "presets": {},
+        "columns": {},
+        "is_external": True,
     }
+    answer = {"scanners": [*scanners, external], "features": FEATURE_NAMES}
     headers = service.limits.headers("read", client)
     return Response(orjson.dumps(answer), headers=headers, media_type=JSON)
 
@@ -156,7 +163,8 @@ async def get_matches(request: Request) -> Response:
     }
     if format_ in (CSV, PARQUET):
         pages = [event.json async for event in _read_matches(service, scan)]
-        body = await service.runner.call_worker(export_rows, pages, format_ == CSV)
+        columns = () if scan.scanner == EXTERNAL else ("symbol", "date")
+        body = await service.runner.call_worker(export_rows, pages, format_ == CSV, columns)
         extension = "csv" if format_ == CSV else "parquet"
         headers["Content-Disposition"] = f'attachment; filename="{scan.scanner}-{scan.id[2:10]}.{extension}"'
         return Response(body, headers=headers, media_type=format_)

@@ -43,7 +43,15 @@ PAGE_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"cross-origin-opener-policy", b"same-origin"),
 )
 # What a page of another, allowed origin may send and may read.
-CORS_REQUEST_HEADERS = ("Authorization", "X-API-Key", "Idempotency-Key", "Last-Event-ID", "Prefer", "If-None-Match")
+CORS_REQUEST_HEADERS = (
+    "Authorization",
+    "X-API-Key",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "Prefer",
+    "If-None-Match",
+    "Producer-Seq",
+)
 CORS_RESPONSE_HEADERS = ("Location", "ETag", "Retry-After", "RateLimit", "RateLimit-Policy")
 
 # Signs that a request came through a proxy.
@@ -225,13 +233,15 @@ class Security:
 
 
 class BodyLimit:
-    """Refuses a request body over `max_bytes`: at once by its Content-Length, else when it has grown too long.
+    """Refuses a request body over its bound: at once by its Content-Length, else when it has grown too long.
+
+    `max_bytes(method, path)` is the bound, in bytes.
 
     The second is raised as TooLarge from `receive`, inside the handler that reads the body, so PROBLEMS answers it.
     (Starlette's own RequestBodyLimitMiddleware answers in plain text, and early 1.x has none.)
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[str, str], int]) -> None:
         self.app = app
         self.max_bytes = max_bytes
 
@@ -239,11 +249,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        max_bytes = self.max_bytes(scope["method"], _route_path(scope))
         for name, value in scope["headers"]:
             if name == b"content-length":
                 # int() refuses thousands of digits, and no body is as long as 20 of them say.
-                if value.isdigit() and (len(value) > 20 or int(value) > self.max_bytes):
-                    await refuse(self._too_large(), scope, receive, send)
+                if value.isdigit() and (len(value) > 20 or int(value) > max_bytes):
+                    await refuse(_too_large(max_bytes), scope, receive, send)
                     return
                 break
         if scope["method"] in ("GET", "HEAD"):
@@ -256,14 +267,15 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise self._too_large()
+            if received > max_bytes:
+                raise _too_large(max_bytes)
             return message
 
         await self.app(scope, receive_counting, send)
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"A request body may have {self.max_bytes} bytes. Send less.", max_bytes=self.max_bytes)
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(f"A request body may have {max_bytes} bytes. Send less.", max_bytes=max_bytes)
 
 
 def protect(
@@ -278,7 +290,12 @@ def protect(
     outermost because a preflight carries no key, and because a page must be able to read why it was refused.
     `shortcut` may answer some requests itself, once `Security.check` let them through.
     """
-    app = shortcut(Security(BodyLimit(app, settings.max_body_bytes), settings, own_token))
+
+    def max_body_bytes(method: str, path: str) -> int:
+        # Where a producer posts, it posts much.
+        return settings.max_events_body_bytes if own_token(method, path) else settings.max_body_bytes
+
+    app = shortcut(Security(BodyLimit(app, max_body_bytes), settings, own_token))
     if not settings.allowed_origins:
         return app
     return CORSMiddleware(

@@ -6,6 +6,7 @@ from starlette.requests import HTTPConnection
 
 from app.core.settings import Settings
 from app.engine.admission import Admission
+from app.engine.external import Producers
 from app.engine.limits import Limits
 from app.engine.reaper import Reaper
 from app.engine.runner import Runner
@@ -25,6 +26,7 @@ class Service:
     limits: Limits
     sessions: Sessions
     runner: Runner
+    producers: Producers
     admission: Admission
     reaper: Reaper
     metrics: Metrics

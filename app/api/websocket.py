@@ -21,11 +21,13 @@ from pydantic import ValidationError
 from starlette.types import Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from app.api.polling import read_cursor, require_known
 from app.api.problems import close_reason
-from app.api.scans import explain_validation, make_answer
+from app.api.scans import make_answer
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge
+from app.core.errors import InvalidParams, InvalidRequest, ScanwireError, TooLarge, UnknownScan
 from app.core.event import Cursor, EventType
+from app.core.scan import Scan
 from app.engine.admission import Submission
 from app.engine.limits import StreamLease
 from app.engine.sessions import Presence
@@ -33,6 +35,8 @@ from app.push.frames import MESSAGES, frame_message, frame_text
 from app.push.puller import Puller
 from app.push.subscriber import Subscriber
 from app.push.wire import FINISH, WebSocketConnection, find_wire
+
+Watched = Mapping[str, Cursor | None]  # scans that the address names, and from where on
 
 SUBPROTOCOL = "scanwire.v1"
 STALLED = 4408
@@ -42,31 +46,45 @@ _MAX_REF_CHARS = 100
 
 
 async def serve_websocket(websocket: WebSocket) -> None:
-    """Charges the connect bucket before the handshake is answered, so that a refusal is a plain HTTP answer."""
+    """Charges the connect bucket before the handshake is answered, so that a refusal is a plain HTTP answer.
+
+    With `?scan=A&scan=B&after=CURSOR` it subscribes at once, for clients that only listen.
+    """
     service, client = get_service(websocket), get_client(websocket)
     offered = websocket.scope.get("subprotocols") or []
     if offered and SUBPROTOCOL not in offered:
         raise InvalidRequest(f"Sec-WebSocket-Protocol: this address speaks {SUBPROTOCOL}.")
+    scan_ids = list(dict.fromkeys(websocket.query_params.getlist("scan")))
+    after = read_cursor(websocket)
+    if scan_ids or after:
+        require_known(service, scan_ids)
     service.limits.charge("connect", client)
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(service.limits.open_stream(client))
         await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
+        watched = dict.fromkeys(scan_ids, after)
         wire = find_wire(websocket.scope, WebSocketConnection)
         if wire is None:
-            await _serve_pulled(websocket, service, client)
+            await _serve_pulled(websocket, service, client, watched)
         else:
-            wire.rest = partial(_serve_pushed, wire, service, client, lease)
+            wire.rest = partial(_serve_pushed, wire, service, client, lease, watched)
             stack.pop_all()
 
 
 async def _serve_pushed(
-    wire: WebSocketConnection, service: Service, client: str, lease: StreamLease, receive: Receive, send: Send
+    wire: WebSocketConnection,
+    service: Service,
+    client: str,
+    lease: StreamLease,
+    watched: Watched,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Reads messages and answers them; events are written straight to the transport by the hub."""
     with (
         lease,
         service.hub.push(wire, MESSAGES, ends=False) as subscriber,
-        _Dialogue(service, client, subscriber) as dialogue,
+        _Dialogue(service, client, subscriber, watched) as dialogue,
     ):
         while True:
             message = await receive()
@@ -83,11 +101,11 @@ async def _serve_pushed(
             await wire.until_ready()
 
 
-async def _serve_pulled(websocket: WebSocket, service: Service, client: str) -> None:
+async def _serve_pulled(websocket: WebSocket, service: Service, client: str, watched: Watched) -> None:
     """The same on any ASGI server: one task reads, and one writes replies and events in one order."""
     with (
         service.hub.pull(MESSAGES.name) as subscriber,
-        _Dialogue(service, client, subscriber) as dialogue,
+        _Dialogue(service, client, subscriber, watched) as dialogue,
         contextlib.suppress(WebSocketDisconnect),
     ):
         replies: asyncio.Queue[bytes] = asyncio.Queue(_MAX_REPLIES)
@@ -147,12 +165,17 @@ async def _write(
 class _Dialogue:
     """What a client says on one connection, and what is answered. Leaving it gives back its sessions."""
 
-    def __init__(self, service: Service, client: str, subscriber: Subscriber) -> None:
+    def __init__(self, service: Service, client: str, subscriber: Subscriber, watched: Watched) -> None:
         self._service = service
         self._client = client
         self._subscriber = subscriber
         self._sessions: dict[str, Presence] = {}
         self.refusal: ScanwireError | None = None  # why the connection is to be closed, after the answer
+        for scan_id, cursor in watched.items():
+            with contextlib.suppress(UnknownScan):  # reaped since it was looked up
+                self.watch(scan_id, cursor)
+        if watched:
+            subscriber.wake()
 
     def __enter__(self) -> Self:
         return self
@@ -224,7 +247,11 @@ class _Dialogue:
         scan_id = _take_scan("subscribe", command)
         if not isinstance(after, str | None):
             raise InvalidParams.of("after", "must be a cursor, as text")
-        cursor = Cursor.parse(after) if after else None
+        scan = self.watch(scan_id, Cursor.parse(after) if after else None)
+        return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+
+    def watch(self, scan_id: str, cursor: Cursor | None) -> Scan:
+        """The scan, whose events come from now on. Raises UnknownScan, and InvalidParams for one too many."""
         scan = self._service.log.get(scan_id)
         limit = self._service.settings.max_scans_per_stream
         if scan_id not in self._sessions and len(self._sessions) >= limit:
@@ -232,7 +259,7 @@ class _Dialogue:
         self._service.hub.subscribe(self._subscriber, scan_id, cursor)
         if scan_id not in self._sessions:
             self._sessions[scan_id] = self._service.sessions.stream(self._client, [scan_id])
-        return {"scan": scan_id, "snapshot": make_answer(self._service, self._client, scan)}
+        return scan
 
     async def _submit(self, command: dict[str, Any]) -> dict[str, Any]:
         key = command.pop("idempotency_key", None)
@@ -242,11 +269,12 @@ class _Dialogue:
         try:
             asked = Submission.model_validate(command)
         except ValidationError as error:
-            raise explain_validation(error) from None
-        scan, joined = await self._service.admission.submit(self._client, asked, key)
+            raise InvalidParams.explain(error) from None
+        scan, joined, token = await self._service.admission.submit(self._client, asked, key)
         if not joined:
             self._service.limits.refund("read", self._client)
-        return {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
+        reply = {"scan": scan.id, "snapshot": make_answer(self._service, self._client, scan, joined=joined)}
+        return reply if token is None else {**reply, "producer_token": token}
 
 
 def _take_scan(op: str, command: dict[str, Any]) -> str:

@@ -67,6 +67,9 @@ def print_scanner(scanner: Mapping[str, Any]) -> None:
             meaning += f" [{type_}]"
         table.add_row(to_flag(name), *map(_show_value, values), Text(meaning))
     print_table(table)
+    if scanner.get("is_external"):
+        print("\nIts matches have the columns that a producer gives them. Start one with: scanwire publish")
+        return
     print("\nColumns of a match, beside those of every scan:")
     columns = new_table("column", "meaning")
     for name, meaning in scanner["columns"].items():

@@ -41,6 +41,15 @@ class Column:
     width: int
     is_left: bool = False
 
+    def show_in(self, row: Row) -> str:
+        """The cell of this row. The rows of an external scan may hold anything under any name."""
+        value = row.get(self.key)
+        try:
+            text = self.show(value)
+        except (TypeError, ValueError):
+            text = show_number(value)
+        return show_text(text)
+
 
 def show_number(value: Any) -> str:
     """Whole numbers with separators, others with two decimals."""
@@ -52,6 +61,11 @@ def show_number(value: Any) -> str:
         is_whole = isinstance(value, int) or abs(value) >= 100_000
         return f"{value:,.0f}" if is_whole else f"{value:,.2f}"
     return str(value)
+
+
+def show_text(text: str) -> str:
+    """The text in one line, without anything that a terminal would obey."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def show_percent(value: Any) -> str:
@@ -95,8 +109,8 @@ def choose_columns(rows: Sequence[Row], max_width: int | None = None) -> list[Co
     for key in rows[0] if rows else ():
         if key in _HIDDEN:
             continue
-        column = _COLUMNS.get(key) or Column(key, key.replace("_", " "), show_number, len(key))
-        widest = max(column.width, len(column.header), *(len(column.show(row.get(key))) for row in rows))
+        column = _COLUMNS.get(key) or Column(key, show_text(key.replace("_", " ")), show_number, len(key))
+        widest = max(column.width, len(column.header), *(len(column.show_in(row)) for row in rows))
         used += widest + (2 if chosen else 0)
         if max_width is not None and used > max_width and chosen:
             break
@@ -109,9 +123,9 @@ def make_table(columns: Iterable[Column], rows: Iterable[Row]) -> Table:
     columns = list(columns)
     for column in columns:
         justify: Any = "left" if column.is_left else "right"
-        table.add_column(column.header, justify=justify, no_wrap=True, min_width=column.width)
+        table.add_column(Text(column.header), justify=justify, no_wrap=True, min_width=column.width)
     for row in rows:
-        table.add_row(*(column.show(row.get(column.key)) for column in columns))
+        table.add_row(*(Text(column.show_in(row)) for column in columns))
     return table
 
 
@@ -174,14 +188,14 @@ class ScanView:
         text = f"{self.scanner} {self.state}: {end['matches']:,} match{'es' * (end['matches'] != 1)}"
         text += f" in {end['elapsed_s']:,.2f} s"
         if end["state"] == State.COMPLETED and self.total:
-            text += f" over {self.total:,} {self.unit}"
+            text += f" over {self.total:,} {show_text(self.unit)}"
         if end.get("truncated"):
             text += "; more were found than are kept"
         if (skipped := end.get("skipped_symbols") or len(end["skipped"])) > 0:
             first = end["skipped"][0]
             text += f"\nBad rows were left out of {skipped:,} symbols, such as {first['symbol']}: {first['reason']}"
         if end.get("error"):
-            text += f"\n{end['error'].get('detail') or end['error'].get('title')}"
+            text += f"\n{show_text(end['error'].get('detail') or end['error'].get('title') or '')}"
         if self.is_proved:
             text += "\nThe digest of the rows received is that of the rows found."
         elif self.matches < end["matches"]:
@@ -198,11 +212,12 @@ class ScanView:
             text.append(f" place {self.position or '?'} in the queue{_show_eta(self.eta_s, ', starts in {}')}")
             return text
         done, total = self.progress.get("done", 0), self.progress.get("total", self.total)
-        if self.end is not None and self.state == State.COMPLETED:
+        if self.end is not None and self.state == State.COMPLETED and self.total is not None:
             done = total = self.total
         line = Table.grid(padding=(0, 1, 0, 0))
         rate = self.progress.get("rate")
-        notes = f"{done or 0:,}/{total or 0:,} {self.unit}" + (f"  {rate:,.0f}/s" if rate else "")
+        notes = f"{done or 0:,}{'' if total is None else f'/{total:,}'} {show_text(self.unit)}"
+        notes += f"  {rate:,.0f}/s" if rate else ""
         if self.end is None:
             notes += _show_eta(self.progress.get("eta_s"), "  {} left")
         line.add_row(text, ProgressBar(total=total or 1, completed=done or 0, width=20), Text(notes, no_wrap=True))
@@ -286,17 +301,17 @@ class PlainDisplay:
         rows = event.data["rows"] if event.type == EventType.MATCHES else ()
         if rows and not self._columns:
             self._columns = choose_columns(rows)
-            self._write({column.key: column.header for column in self._columns}, lambda _, value: str(value))
+            self._write([column.header for column in self._columns])
         for row in rows:
-            self._write(row, lambda column, value: column.show(value))
+            self._write([column.show_in(row) for column in self._columns])
         if event.type == EventType.RESET:
             self.say("The server's log is another one now: what came before counts for nothing.")
         self._out.flush()
 
-    def _write(self, row: Row, show: Callable[[Column, Any], str]) -> None:
+    def _write(self, texts: Sequence[str]) -> None:
         cells = []
-        for column in self._columns:
-            text, width = show(column, row.get(column.key)), max(column.width, len(column.header))
+        for column, text in zip(self._columns, texts, strict=True):
+            width = max(column.width, len(column.header))
             cells.append(text.ljust(width) if column.is_left else text.rjust(width))
         self._out.write("  ".join(cells).rstrip() + "\n")
 

@@ -4,13 +4,14 @@
     ├── InvalidRequest              400  the request itself cannot be read
     │   └── InvalidCursor           400  a cursor that no Scanwire ever gave out
     ├── KeyRequired                 401  an API key is needed
+    ├── TokenRequired               401  the token of a scan's producer is needed
     ├── Forbidden                   403  known, but not allowed
     ├── NotFound                    404  no such address
     │   └── UnknownScan             404  no scan has this id (any more)
     ├── WrongMethod                 405  the address exists, the method does not
     ├── NotAcceptable               406  none of the formats asked for can be given
     ├── SlowBody                    408  a body that trickles
-    ├── Conflict                    409  the same Idempotency-Key with another body
+    ├── Conflict                    409  the same Idempotency-Key with another body; events that cannot come now
     ├── Trimmed                     410  the scan is known, its rows are past retention
     ├── TooLarge                    413  a body over the bound
     ├── UnsupportedMedia            415  a body of another type
@@ -23,7 +24,9 @@
     │   ├── WorkerCrashed
     │   ├── DeadlineExceeded
     │   ├── ScannerError
-    │   └── PricesChanged
+    │   ├── PricesChanged
+    │   ├── ProducerFailed
+    │   └── ProducerLost
     ├── PricesError                      a price file that cannot be used
     └── WrongState                       a bug: a state change that the design forbids
 
@@ -32,7 +35,10 @@ waiting helps, for how long.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
@@ -103,6 +109,15 @@ class KeyRequired(ScanwireError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"WWW-Authenticate": 'Bearer realm="scanwire"'})
+
+
+class TokenRequired(ScanwireError):
+    type = "urn:scanwire:problem:token-required"
+    title = "The producer's token is needed"
+    status = 401
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": 'Bearer realm="scanwire producer"'})
 
 
 class Forbidden(ScanwireError):
@@ -186,6 +201,16 @@ class InvalidParams(ScanwireError):
     def of(cls, field: str, message: str) -> "InvalidParams":
         return cls([{"field": field, "message": message}])
 
+    @classmethod
+    def explain(cls, error: "ValidationError") -> "InvalidParams":
+        """Pydantic's findings, naming each field."""
+        return cls(
+            [
+                {"field": ".".join(map(str, one["loc"]))[:64] or "body", "message": one["msg"]}
+                for one in error.errors(include_url=False, include_context=False, include_input=False)
+            ]
+        )
+
 
 class RateLimited(ScanwireError):
     type = QUOTA_EXCEEDED
@@ -238,6 +263,16 @@ class ScannerError(ScanFailed):
 class PricesChanged(ScanFailed):
     type = "urn:scanwire:problem:prices-changed"
     title = "The price data changed under the scan"
+
+
+class ProducerFailed(ScanFailed):
+    type = "urn:scanwire:problem:producer-failed"
+    title = "The producer says that its work failed"
+
+
+class ProducerLost(ScanFailed):
+    type = "urn:scanwire:problem:producer-lost"
+    title = "The producer was silent for too long"
 
 
 class PricesError(ScanwireError):

@@ -12,9 +12,9 @@ Range = tuple[float, float]
 
 
 def estimate_rest(
-    done: int, total: int, elapsed_s: float, last_rate: float | None
+    done: int, total: int | None, elapsed_s: float, last_rate: float | None
 ) -> tuple[float | None, Range | None]:
-    """The rate so far (units per second), and the seconds that are left as a range.
+    """The rate so far (units per second), and the seconds that are left as a range; None while nobody can know.
 
     The range spans the rate over the whole run and the rate of late, and is wider while little is done: after a
     share x of the work it is stretched by (1 - x) / 4 on either side. The first chunks say little, since what it
@@ -23,6 +23,8 @@ def estimate_rest(
     if done <= 0 or elapsed_s <= 0:
         return None, None
     rate = done / elapsed_s
+    if total is None:
+        return round(rate, 1), None
     rates = (rate, last_rate) if last_rate else (rate, rate)
     left, share = total - done, done / total
     doubt = (1 - share) / 4

@@ -61,12 +61,23 @@ class Progress:
     """Work done so far. It comes from chunks that are finished, never from a clock."""
 
     done: int
-    total: int
+    total: int | None  # None: nobody knows yet
     unit: str
     rate: float | None = None  # units per second
     eta_s: tuple[float, float] | None = None  # low and high, in seconds
     matches: int = 0
     phase: str = "scanning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Producer:
+    """The program elsewhere that works on an external scan: what it may show, and what it has appended."""
+
+    token_hash: str  # SHA-256 of its token, in hex
+    seq: int = 0  # of its last numbered request
+    done: int = 0
+    total: int | None = None
+    found: int = 0  # rows it sent, kept or not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +100,7 @@ class Scan:
     chunk_rows: int  # the size its chunks were planned with; checkpoints count these chunks
     idempotency: tuple[str, str] | None = None  # the key it was submitted with, and the hash of that body
     cancel_when_unwatched_s: float | None = None
+    producer: Producer | None = None  # of an external scan
 
     # What its events made of it.
     state: State = State.QUEUED
@@ -136,7 +148,35 @@ class Scan:
         values = orjson.loads(record)
         for name in ("idempotency", "eta_s"):
             values[name] = None if values[name] is None else tuple(values[name])
+        if values.get("producer") is not None:
+            values["producer"] = Producer(**values["producer"])
         return cls(**values | {"state": State(values["state"])})
+
+
+def make_end(
+    state: State,
+    *,
+    matches: int,
+    found: int,
+    last_seq: int,
+    digest: str,
+    elapsed_s: float,
+    skipped: Sequence[Mapping[str, str]] = (),
+    skipped_symbols: int = 0,
+    error: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The data of an `end` event. `found` counts the matches that were not kept too."""
+    return {
+        "state": state,
+        "matches": matches,
+        "last_seq": last_seq,
+        "digest": digest,
+        "elapsed_s": round(elapsed_s, 3),
+        "skipped": skipped,
+        "skipped_symbols": skipped_symbols,
+        "error": error,
+        "truncated": found > matches,
+    }
 
 
 def canonical_row(row: Row) -> bytes:

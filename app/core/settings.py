@@ -41,6 +41,14 @@ class Settings(BaseSettings):
     max_skipped: int = Field(1000, ge=0, description="symbols with skipped rows named in the end of a scan")
     max_matches: int = Field(100_000, ge=1, description="match rows kept for one scan; more are counted, not kept")
 
+    # External scans: their work is done elsewhere.
+    max_external: int = Field(1000, ge=0, description="external scans that are active, in all")
+    producer_timeout_s: float = Field(60, gt=0, description="an external scan whose producer is silent so long is lost")
+    max_events_body_bytes: int = Field(2**20, ge=128, description="one request body of a producer")
+    max_events_per_request: int = Field(5000, ge=2, description="events and match rows in one request of a producer")
+    max_row_bytes: int = Field(16_384, ge=16, description="one match row of a producer, as JSON")
+    max_rows_bytes: int = Field(64 * 2**20, ge=16, description="match rows kept for one external scan, as JSON")
+
     # What is kept.
     retention_s: float = Field(3600, gt=0, description="events and matches are kept this long after the end")
     tombstone_s: float = Field(86_400, ge=0, description="the end and snapshot are kept this much longer")

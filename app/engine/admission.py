@@ -5,7 +5,7 @@ import hashlib
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -25,15 +25,16 @@ from app.core.errors import (
     ScannerError,
     ScanwireError,
 )
-from app.core.scan import Scan, State, make_same_key
-from app.core.settings import Settings
+from app.core.scan import Producer, Scan, State, make_same_key
+from app.core.settings import Settings, hash_key
+from app.engine.external import DATA_VERSION, Producers, normalise_external
 from app.engine.limits import Limits
 from app.engine.runner import Run, Runner
 from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog
 from app.market.store import Chunk, Plan, Store, plan_chunks
-from app.scanners.registry import list_scanners
+from app.scanners.registry import EXTERNAL, list_scanners
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Submission(BaseModel):
 class Admitted(NamedTuple):
     scan: Scan
     joined: bool  # an earlier scan that answers the same question
+    producer_token: str | None = None  # of an external scan; only its hash is kept
 
 
 class _Remembered(NamedTuple):
@@ -75,6 +77,7 @@ class Admission:
         settings: Settings,
         log: EventLog,
         runner: Runner,
+        producers: Producers,
         limits: Limits,
         sessions: Sessions,
         store: Store,
@@ -84,6 +87,7 @@ class Admission:
         self._settings = settings
         self._log = log
         self._runner = runner
+        self._producers = producers
         self._limits = limits
         self._sessions = sessions
         self._store = store
@@ -105,7 +109,10 @@ class Admission:
             if not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
                 raise InvalidParams.of("Idempotency-Key", f"must have 1 to {MAX_KEY_CHARS} characters")
             if (earlier := self._recall(client, idempotency_key, body_hash)) is not None:
-                return Admitted(await self._accept(earlier), True)
+                return Admitted(await self._accept(self._log.accept(earlier)), True)
+        idempotency = None if idempotency_key is None else (idempotency_key, body_hash)
+        if asked.scanner == EXTERNAL:
+            return await self._submit_external(client, asked, idempotency)
 
         params = normalise_params(asked.scanner, asked.params)
         plan = self._plan(params, self._settings.chunk_rows)
@@ -122,7 +129,7 @@ class Admission:
                 same_key=same_key,
                 cost_rows=plan.rows,
                 chunk_rows=self._settings.chunk_rows,
-                idempotency=None if idempotency_key is None else (idempotency_key, body_hash),
+                idempotency=idempotency,
                 cancel_when_unwatched_s=asked.cancel_when_unwatched_s,
             )
             self._take_place(client, plan.rows)
@@ -132,14 +139,13 @@ class Admission:
                 self._same[same_key] = scan.id
             self._runner.submit(self._make_run(scan, plan.chunks))
         scan_id = joined or scan.id
-        if idempotency_key is not None:
-            self._remember(client, idempotency_key, _Remembered(scan_id, body_hash, self._clock()))
-        return Admitted(await self._accept(scan_id), joined is not None)
+        self._remember(client, idempotency, scan_id, self._clock())
+        return Admitted(await self._accept(self._log.accept(scan_id)), joined is not None)
 
-    async def _accept(self, scan_id: str) -> Scan:
+    async def _accept(self, committed: Awaitable[Scan]) -> Scan:
         try:
             async with asyncio.timeout(self._settings.commit_wait_s):
-                return await self._log.accept(scan_id)
+                return await committed
         except TimeoutError:
             raise JournalUnavailable(
                 "The journal cannot be written just now, so it is not sure that the scan is kept. Submit it again: "
@@ -147,33 +153,72 @@ class Admission:
                 retry_after_s=10,
             ) from None
 
+    async def _submit_external(self, client: str, asked: Submission, idempotency: tuple[str, str] | None) -> Admitted:
+        """A scan of its own, always: what its producer will post is not known, so it equals no other."""
+        params = normalise_external(asked.params)
+        token = secrets.token_urlsafe(32)
+        scan = Scan(
+            id="s_" + secrets.token_urlsafe(16),
+            scanner=EXTERNAL,
+            params=params,
+            client=client,
+            created_ts=self._log.now_ms(),
+            data_version=DATA_VERSION,
+            same_key="",
+            cost_rows=0,
+            chunk_rows=0,
+            idempotency=idempotency,
+            cancel_when_unwatched_s=asked.cancel_when_unwatched_s,
+            producer=Producer(token_hash=hash_key(token), total=params["total"]),
+        )
+        self._take_place(client, None)
+        self._log.create(scan)
+        self._sessions.expect(scan.id)
+        self._remember(client, idempotency, scan.id, self._clock())
+        return Admitted(await self._accept(self._producers.start(scan)), False, token)
+
     async def cancel(self, client: str, scan_id: str) -> Scan:
         """Raises UnknownScan, and Forbidden for a scan that another client submitted."""
         if self._log.get(scan_id).client != client:
             raise Forbidden("Only the client that submitted a scan may cancel it. You can stop watching it.")
         try:
             async with asyncio.timeout(self._settings.commit_wait_s):
-                return await self._runner.cancel(scan_id, "client")
+                return await self.stop(scan_id, "client")
         except TimeoutError:
             raise JournalUnavailable(
                 "The journal cannot be written just now. The scan is cancelled as soon as it can.", retry_after_s=10
             ) from None
 
-    def _take_place(self, client: str, cost_rows: int) -> None:
-        """Raises the first limit that stands in the way; what was charged before it is given back."""
-        settings, runner = self._settings, self._runner
+    async def stop(self, scan_id: str, by: str) -> Scan:
+        """Cancels a scan, whoever works on it; gives it as committed then. Raises UnknownScan."""
+        is_external = self._log.get(scan_id).producer is not None
+        return await (self._producers if is_external else self._runner).cancel(scan_id, by)
+
+    def _take_place(self, client: str, cost_rows: int | None) -> None:
+        """Raises the first limit that stands in the way; what was charged before it is given back.
+
+        An external scan, which reads no rows at all (None), takes no slot and no place in the queue.
+        """
+        settings, runner, producers = self._settings, self._runner, self._producers
         if self.is_draining:
             raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=settings.drain_s)
         if self._log.fault is not None:
             raise JournalUnavailable(f"{self._log.fault} No scan can be accepted until it can.", retry_after_s=10)
-        if runner.active >= settings.max_running + settings.max_queued:
+        if cost_rows is None and producers.active >= settings.max_external:
+            raise AtCapacity(
+                f"{producers.active} external scans are active, which is all this server takes. "
+                "Submit again when one has ended.",
+                retry_after_s=settings.producer_timeout_s,
+                limit="max_external",
+            )
+        if cost_rows is not None and runner.active >= settings.max_running + settings.max_queued:
             raise AtCapacity(
                 f"{settings.max_running} scans are running and {settings.max_queued} are waiting, which is all this "
                 "server takes. Submit again when one has ended.",
                 retry_after_s=runner.estimate_free_s(),
                 limit="max_queued",
             )
-        if runner.count_active(client) >= settings.max_active_per_client:
+        if runner.count_active(client) + producers.count_active(client) >= settings.max_active_per_client:
             raise RateLimited(
                 f"You have {settings.max_active_per_client} scans queued or running, which is all one client may. "
                 "Wait for one to end, or cancel one.",
@@ -181,7 +226,7 @@ class Admission:
                 limit="max_active_per_client",
             )
         self._limits.charge("submit", client)
-        if cost_rows > settings.heavy_rows:
+        if cost_rows is not None and cost_rows > settings.heavy_rows:
             try:
                 self._limits.charge("submit-heavy", client)
             except RateLimited:
@@ -246,8 +291,11 @@ class Admission:
             raise Conflict("This Idempotency-Key came with another body before. Use a new key for a new request.")
         return earlier.scan_id
 
-    def _remember(self, client: str, key: str, remembered: _Remembered) -> None:
-        self._remembered[client, key] = remembered
+    def _remember(self, client: str, idempotency: tuple[str, str] | None, scan_id: str, at: float) -> None:
+        if idempotency is None:
+            return
+        key, body_hash = idempotency
+        self._remembered[client, key] = _Remembered(scan_id, body_hash, at)
         while len(self._remembered) > self._settings.max_idempotency_keys:
             self._remembered.popitem(last=False)
 
@@ -270,16 +318,18 @@ class Admission:
         list_scanners()
         now, now_ms = self._clock(), self._log.now_ms()
         for scan in reversed(list(self._log.list_scans())):
-            if scan.state is State.COMPLETED or not scan.state.is_terminal or self._find_same(scan.same_key) is None:
+            self._remember(scan.client, scan.idempotency, scan.id, now - (now_ms - scan.created_ts) / 1000)
+            is_joinable = scan.state is State.COMPLETED or not scan.state.is_terminal
+            if scan.producer is None and (is_joinable or self._find_same(scan.same_key) is None):
                 self._same[scan.same_key] = scan.id
-            if scan.idempotency is not None:
-                key, body_hash = scan.idempotency
-                at = now - (now_ms - scan.created_ts) / 1000
-                self._remember(scan.client, key, _Remembered(scan.id, body_hash, at))
             if not scan.state.is_terminal:
                 await self._take_up_unfinished(scan)
 
     async def _take_up_unfinished(self, scan: Scan) -> None:
+        if scan.producer is not None:
+            self._sessions.expect(scan.id)
+            await self._producers.take_up(scan)
+            return
         state = State.LOST
         error: ScanwireError | None = None
         chunks: tuple[Chunk, ...] = ()

@@ -6,11 +6,21 @@ from collections.abc import Sequence
 import orjson
 import polars as pl
 
+from app.core.errors import TooLarge
 
-def export_rows(events: Sequence[bytes], as_csv: bool) -> bytes:
-    """The rows of these `matches` events (their JSON), in order, as CSV (UTF-8, with a header) or as Parquet."""
+MAX_CELLS = 20_000_000  # rows with ever new columns make a table much larger than they are themselves
+
+
+def export_rows(events: Sequence[bytes], as_csv: bool, columns: Sequence[str]) -> bytes:
+    """The rows of these `matches` events (their JSON), in order, as CSV (UTF-8, with a header) or as Parquet.
+
+    A table without rows has these columns. Raises TooLarge.
+    """
     rows = [row for event in events for row in orjson.loads(event)["data"]["rows"]]
-    frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame({"symbol": [], "date": []})
+    width = len(set().union(*rows))
+    if width * len(rows) > MAX_CELLS:
+        raise TooLarge(f"These rows have {width} different columns, too many for one table. Ask for JSON or NDJSON.")
+    frame = pl.from_dicts(rows, infer_schema_length=None) if rows else pl.DataFrame({name: [] for name in columns})
     buffer = io.BytesIO()
     if as_csv:
         frame.write_csv(buffer)

@@ -7,6 +7,7 @@ from collections import Counter
 from app.core.scan import Scan, State
 from app.core.settings import Settings
 from app.engine.admission import Admission
+from app.engine.external import Producers
 from app.engine.limits import Limits
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
@@ -21,6 +22,7 @@ class Reaper:
     trimmed       events and matches of scans past `retention_s`, or beyond `max_scans_kept`
     removed       scans past `retention_s + tombstone_s`, or beyond `max_scans_kept`
     unwatched     scans nobody has watched for too long: queued ones, and running ones that asked for it
+    lost          external scans whose producers were silent for `producer_timeout_s`
     overdue       running scans that outlived their deadline
     sessions, buckets, idempotency_keys
     """
@@ -30,6 +32,7 @@ class Reaper:
         settings: Settings,
         log: EventLog,
         runner: Runner,
+        producers: Producers,
         admission: Admission,
         sessions: Sessions,
         limits: Limits,
@@ -37,6 +40,7 @@ class Reaper:
         self._settings = settings
         self._log = log
         self._runner = runner
+        self._producers = producers
         self._admission = admission
         self._sessions = sessions
         self._limits = limits
@@ -62,12 +66,13 @@ class Reaper:
             if scan.state.is_terminal:
                 self._sessions.forget(scan.id)
             elif self._is_unwatched(scan):
-                await self._runner.cancel(scan.id, "reaper: nobody is watching")
+                await self._admission.stop(scan.id, "reaper: nobody is watching")
                 taken["unwatched"] += 1
         for scan_id in self._runner.overdue():
             await self._runner.cancel(scan_id, "reaper: overdue")
             taken["overdue"] += 1
         if self._log.fault is None:
+            taken["lost"] += await self._producers.lose_silent()
             await self._reap_finished(taken)
         taken["sessions"] += self._sessions.reap()
         taken["buckets"] += self._limits.reap()

@@ -23,7 +23,7 @@ from app.core.errors import (
 )
 from app.core.estimate import Range, estimate_rest, estimate_starts
 from app.core.event import EventType
-from app.core.scan import Progress, Rows, Scan, Skipped, State, pack_rows
+from app.core.scan import Progress, Rows, Scan, Skipped, State, make_end, pack_rows
 from app.core.settings import Settings
 from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
 from app.log.eventlog import EventLog
@@ -280,17 +280,17 @@ class Runner:
             rate = run.cost_rows / elapsed_s
             self.rows_per_s = rate if self.rows_per_s is None else 0.7 * self.rows_per_s + 0.3 * rate
         skipped = [{"symbol": symbol, "reason": "; ".join(reasons)} for symbol, reasons in run.skipped.items()]
-        data = {
-            "state": state,
-            "matches": run.kept,
-            "last_seq": self._log.next_seq(run.scan_id),
-            "digest": run.digest.hexdigest(),
-            "elapsed_s": round(elapsed_s, 3),
-            "skipped": skipped[: self._settings.max_skipped],
-            "skipped_symbols": len(skipped),
-            "error": None if error is None else error.to_problem(),
-            "truncated": run.found > run.kept,
-        }
+        data = make_end(
+            state,
+            matches=run.kept,
+            found=run.found,
+            last_seq=self._log.next_seq(run.scan_id),
+            digest=run.digest.hexdigest(),
+            elapsed_s=elapsed_s,
+            skipped=skipped[: self._settings.max_skipped],
+            skipped_symbols=len(skipped),
+            error=None if error is None else error.to_problem(),
+        )
         with contextlib.suppress(WrongState, JournalUnavailable):
             await self._log.append(run.scan_id, (EventType.END, data))
         logger.info(

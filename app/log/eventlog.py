@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from app.core.errors import JournalUnavailable, UnknownScan
 from app.core.event import Cursor, Event, EventType, make_event
-from app.core.scan import Progress, Scan
+from app.core.scan import Producer, Progress, Scan
 from app.log.journal import Checkpoint, Journal, Write
 
 Part = tuple[EventType, Mapping[str, Any]]
@@ -118,9 +118,12 @@ class EventLog:
         log = self._logs[scan.id] = _ScanLog(scan, None)
         log.accepted = asyncio.get_running_loop().create_future()
 
-    async def append(self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None) -> Scan:
-        """Returns the scan after these events once they are committed, all of them or none.
+    async def append(
+        self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None, producer: Producer | None = None
+    ) -> Scan:
+        """Returns the scan after these events once they are committed, all of them or none, with what came before.
 
+        `producer` takes the place of the one in the scan, in the same transaction.
         Raises WrongState for an event that may not come now, and JournalUnavailable when the log closes first. A
         caller that is cancelled while it waits has appended all the same.
         """
@@ -134,6 +137,8 @@ class EventLog:
             n += 1
             tip = tip.fold(type_, data, ts, n)
             events.append(make_event(type_, scan_id, tip.seq, data, ts, Cursor(self.epoch, n)))
+        if producer is not None:
+            tip = replace(tip, producer=producer)
         log.tip, self._last_n = tip, n
         return await self._write(log, Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
 
@@ -144,16 +149,16 @@ class EventLog:
         return await committed  # its own: a caller that is cancelled cancels nothing else
 
     def publish(self, scan_id: str, progress: Progress) -> None:
-        """Makes this the latest progress of a scan. It is not kept.
+        """Makes this the latest progress of a scan. It is not kept, and behind the end no event carries it.
 
         Subscribers are shown at most `progress_per_s` of them in a second; the last one always, and no later than
         that allows.
         """
         log = self._logs.get(scan_id)
-        if log is None or log.shown is None or log.tip.state.is_terminal:
+        if log is None or log.shown is None:
             return
         log.progress = progress
-        if log.progress_timer is None:
+        if log.progress_timer is None and not log.tip.state.is_terminal:
             self._show_progress(scan_id, log, None)
 
     def _show_progress(self, scan_id: str, log: _ScanLog, before: Progress | None) -> None:

@@ -15,6 +15,7 @@ from app.core.errors import InvalidParams
 from app.scanners.params import MarketParams
 
 ENTRY_POINT_GROUP = "scanwire.scanners"
+EXTERNAL = "external"  # names the scans whose work is done elsewhere; no scanner can have this name
 logger = logging.getLogger("scanwire.scanners")
 
 
@@ -69,7 +70,7 @@ def _load() -> dict[str, Scanner]:
             scanner = entry.load()
             if not isinstance(scanner, Scanner):
                 raise TypeError(f"it is a {type(scanner).__name__}, not a Scanner")
-            if scanner.name in scanners:
+            if scanner.name in (*scanners, EXTERNAL):
                 raise ValueError(f"there is a scanner {scanner.name!r} already")
         except Exception as error:  # the code of others: it must not keep the service from starting
             logger.warning("The scanner %s is left out: %s", entry.name, error, extra={"action": "scanner_left_out"})
@@ -89,7 +90,9 @@ def get_scanner(name: str) -> Scanner:
     if name in scanners:
         return scanners[name]
     raise InvalidParams.of(
-        "scanner", f"{name[:64]!r} is not a scanner; {_suggest(name, scanners)}there are: {', '.join(scanners)}"
+        "scanner",
+        f"{name[:64]!r} is not a scanner; {_suggest(name, (*scanners, EXTERNAL))}"
+        f"there are: {', '.join((*scanners, EXTERNAL))}",
     )
 
 

@@ -1,0 +1,120 @@
+"""What producers of external scans post: POST /v1/scans/{id}/events."""
+
+import asyncio
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, Field, RootModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.api.formats import JSON, NDJSON
+from app.api.models import Count, CursorText, Wire
+from app.api.scans import read_body
+from app.api.service import get_service
+from app.core.errors import InvalidParams, JournalUnavailable, UnsupportedMedia
+from app.core.event import Cursor
+from app.engine.external import Said
+
+MAX_ERRORS = 10  # that one refusal names
+MAX_NUMBER = 10**15 - 1  # as Producer-Seq
+_PATH = re.compile(r"/v1/scans/[^/]+/events")
+_NUMBER = re.compile(r"[1-9][0-9]{0,14}", re.ASCII)
+
+
+class PostedEvent(RootModel[Annotated[Said, Field(discriminator="type")]]):
+    """One event of a producer."""
+
+
+class PostedEvents(RootModel[PostedEvent | list[PostedEvent]]):
+    """One event, or several that are appended together. No event at all is a sign of life."""
+
+
+class Appended(Wire):
+    """Everything that was posted is in the journal."""
+
+    cursor: Annotated[CursorText, Field(description="stands behind the last event that was appended")]
+    seq: Annotated[Count, Field(description="of the last event that was appended")]
+
+
+MODELS: tuple[type[BaseModel], ...] = (PostedEvents, Appended)
+_SEVERAL = RootModel[list[PostedEvent]]
+
+
+def has_own_token(method: str, path: str) -> bool:
+    """Whether a request must carry the token of a producer rather than an API key."""
+    return method == "POST" and _PATH.fullmatch(path) is not None
+
+
+async def post_events(request: Request) -> Response:
+    """POST /v1/scans/{id}/events: a producer appends to its scan."""
+    service, scan_id = get_service(request), request.path_params["id"]
+    service.producers.check_token(scan_id, _read_token(request))  # before anything is read of the body
+    number = _read_number(request)
+    said = await _read_events(request)
+    try:
+        async with asyncio.timeout(service.settings.commit_wait_s):
+            scan = await service.producers.append(scan_id, said, number)
+    except TimeoutError:
+        raise JournalUnavailable(
+            "The journal cannot be written just now, so it is not sure that this is kept. Post the same again: "
+            "with the same Producer-Seq it will not be appended twice.",
+            retry_after_s=10,
+        ) from None
+    answer = {"cursor": str(Cursor(service.log.epoch, scan.n)), "seq": scan.seq}
+    return Response(orjson.dumps(answer), 202, {"Cache-Control": "no-store"}, JSON)
+
+
+def _read_token(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def _read_number(request: Request) -> int | None:
+    text = request.headers.get("producer-seq")
+    if text is None:
+        return None
+    if _NUMBER.fullmatch(text) is None:
+        raise InvalidParams.of("Producer-Seq", "must be a whole number from 1 up; it counts the requests that have one")
+    return int(text)
+
+
+async def _read_events(request: Request) -> list[Said]:
+    """The events of the body. Raises UnsupportedMedia, TooLarge, SlowBody, and InvalidParams, naming each field."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in (JSON, NDJSON):
+        raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
+    body = await read_body(request)
+    if media_type == NDJSON:
+        lines = [line for line in body.split(b"\n") if line.strip()]
+        values: Any = [_parse(line, f"events.{place}") for place, line in enumerate(lines)]
+    else:
+        values = _parse(body, "events")
+    try:
+        several = _SEVERAL.model_validate(values if isinstance(values, list) else [values])
+    except ValidationError as error:
+        raise InvalidParams(
+            [
+                {"field": _name_field(one["loc"], one["type"]), "message": one["msg"].removeprefix("Value error, ")}
+                for one in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
+            ]
+        ) from None
+    return [one.root for one in several.root]
+
+
+def _parse(text: bytes, field: str) -> Any:
+    """JSON, and NaN and Infinity too: what comes of those is refused where they stand, by name."""
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise InvalidParams.of(field, f"is not JSON: {error}") from None
+
+
+def _name_field(loc: Iterable[int | str], kind: str) -> str:
+    """Where it stands, as in `events.3.rows.0`; pydantic puts the type of the event behind its place."""
+    place, *rest = loc
+    inner = ["type"] if kind.startswith("union_tag") else rest[1:]
+    return ".".join(map(str, ("events", place, *inner)))[:64]
