@@ -110,8 +110,8 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     await log.open()
     try:
         async with Runner(settings, log, clock=time.monotonic) as runner:
-            await runner.warm_up()
-            store = await runner.call_worker(inspect_prices, await _find_prices(settings, runner))
+            await runner.pool.warm_up()
+            store = await runner.pool.call(inspect_prices, await _find_prices(settings, runner))
             hub = Hub(log, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
             hub.note_lag = metrics.note_push_lag
             limits = Limits(settings)
@@ -167,7 +167,7 @@ async def _find_prices(settings: Settings, runner: Runner) -> Path:
         return settings.prices
     sample = settings.state_dir / SAMPLE_NAME
     if not sample.exists():
-        await runner.call_worker(make_sample, sample)
+        await runner.pool.call(make_sample, sample)
     return sample
 
 

@@ -419,7 +419,7 @@ async def test_a_draining_or_faulty_service_takes_no_new_scan(tmp_path: Path, sa
 
 async def test_a_dead_idle_worker_is_replaced_without_anyone_noticing(tmp_path: Path, sample_prices: Path) -> None:
     async with running(tmp_path, sample_prices, workers=1) as engine:
-        pid = await engine.runner.call_worker(os.getpid)
+        pid = await engine.runner.pool.call(os.getpid)
         os.kill(pid, signal.SIGKILL)
         assert (await engine.finish(await engine.submit("gap-up"))).state is State.COMPLETED
 

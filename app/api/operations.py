@@ -149,7 +149,7 @@ async def _check_workers(service: Service) -> str:
         return "ok"  # a chunk is being worked on; a dead worker would show in the scan
     try:
         async with asyncio.timeout(READY_WITHIN_S):
-            await service.runner.call_worker(warm_up)
+            await service.runner.pool.call(warm_up)
     except (TimeoutError, ScanwireError, OSError) as error:
         return f"No worker process answers ({type(error).__name__})."
     return "ok"

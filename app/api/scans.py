@@ -164,7 +164,7 @@ async def get_matches(request: Request) -> Response:
     if format_ in (CSV, PARQUET):
         pages = [event.json async for event in _read_matches(service, scan)]
         columns = () if scan.scanner == EXTERNAL else ("symbol", "date")
-        body = await service.runner.call_worker(export_rows, pages, format_ == CSV, columns)
+        body = await service.runner.pool.call(export_rows, pages, format_ == CSV, columns)
         extension = "csv" if format_ == CSV else "parquet"
         headers["Content-Disposition"] = f'attachment; filename="{scan.scanner}-{scan.id[2:10]}.{extension}"'
         return Response(body, headers=headers, media_type=format_)

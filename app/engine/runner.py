@@ -4,28 +4,26 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import orjson
-from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
 
 from app.core.errors import (
     DeadlineExceeded,
     JournalUnavailable,
     ScannerError,
     ScanwireError,
-    WorkerCrashed,
     WrongState,
 )
 from app.core.estimate import Range, estimate_rest, estimate_starts
 from app.core.event import EventType
 from app.core.scan import Progress, Rows, Scan, Skipped, State, make_end, pack_rows
 from app.core.settings import Settings
-from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
+from app.engine.pool import Pool
+from app.engine.worker import ChunkJob, ChunkResult
 from app.log.eventlog import EventLog
 from app.log.journal import Checkpoint
 from app.market.store import Chunk
@@ -84,16 +82,12 @@ class Runner:
         self._running: dict[str, Run] = {}
         self._is_stopping = False
         self._group = asyncio.TaskGroup()
-        self._workers = CapacityLimiter(settings.workers)
-        self._processes = CapacityLimiter(settings.workers * 2)  # those that are starting are counted as well
+        self.pool = Pool(settings.workers)
         self._chores: set[asyncio.Task[None]] = set()
         self.rows_per_s: float | None = None  # price rows read, over the latest scans
-        self._worker_crashes = 0
         self.finished: Callable[[str], None] = lambda scan_id: None
 
     async def __aenter__(self) -> Self:
-        # Each worker is one of `workers` processes: more threads inside would only fight for the same cores.
-        os.environ.setdefault("POLARS_MAX_THREADS", "1")
         await self._group.__aenter__()
         return self
 
@@ -104,23 +98,6 @@ class Runner:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
         await self._group.__aexit__(*error)
-
-    async def warm_up(self) -> None:
-        """Starts all worker processes, so that the next chunk need not wait for one to load its libraries."""
-        await asyncio.gather(*(self.call_worker(warm_up) for _ in range(self._settings.workers)))
-
-    async def call_worker(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs a function in a worker process. Cancelling the caller kills that process.
-
-        Raises BrokenWorkerProcess when the process dies.
-        """
-        async with self._workers:
-            # anyio forgets a process that is cancelled while it starts; so it is let to start, and kept for the next.
-            await asyncio.shield(to_process.run_sync(os.getpid, limiter=self._processes))
-            try:
-                return await to_process.run_sync(function, *args, cancellable=True, limiter=self._processes)
-            except (KeyboardInterrupt, SystemExit) as leaving:  # the worker's, sent on to here
-                raise BrokenWorkerProcess from leaving
 
     def _do(self, chore: Coroutine[Any, Any, None]) -> None:
         """Runs something beside the scans that nobody waits for; what goes wrong in it ends nothing else."""
@@ -370,7 +347,7 @@ class Runner:
             while left or ahead:
                 while left and len(ahead) <= self._settings.workers:
                     index = left.popleft()
-                    ahead.append((index, asyncio.create_task(self._run_chunk(run, index))))
+                    ahead.append((index, asyncio.create_task(self._find_in(run, index))))
                 index, task = ahead[0]
                 result = await task
                 ahead.popleft()
@@ -380,21 +357,8 @@ class Runner:
                 task.cancel()
             await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
 
-    async def _run_chunk(self, run: Run, index: int) -> ChunkResult:
-        job = replace(run.job, slices=run.chunks[index].slices)
-        for is_last_try in (False, True):
-            try:
-                result: ChunkResult = await self.call_worker(run_chunk, job)
-                return result
-            except BrokenWorkerProcess:
-                self._worker_crashes += 1
-                logger.warning("worker died on chunk %d", index, extra={"action": "worker_died", "scan": run.scan_id})
-                if is_last_try:
-                    raise WorkerCrashed(
-                        f"The worker process died on chunk {index} and died again when the chunk was retried. "
-                        "Out of memory, or a fault in the scanner: ask for fewer symbols, or look at the server's log."
-                    ) from None
-        raise AssertionError("unreachable")
+    async def _find_in(self, run: Run, index: int) -> ChunkResult:
+        return await self.pool.run_chunk(replace(run.job, slices=run.chunks[index].slices), run.scan_id, index)
 
     async def _keep(self, run: Run, index: int, result: ChunkResult) -> None:
         parts = []
@@ -415,8 +379,8 @@ class Runner:
             running=len(self._running),
             queued=len(self._queue),
             slots=self._settings.max_running,
-            workers_busy=self._workers.borrowed_tokens,
-            worker_crashes=self._worker_crashes,
+            workers_busy=self.pool.busy,
+            worker_crashes=self.pool.crashes,
         )
 
 

@@ -127,6 +127,12 @@ class EventLog:
         Raises WrongState for an event that may not come now, and JournalUnavailable when the log closes first. A
         caller that is cancelled while it waits has appended all the same.
         """
+        return await self.append_nowait(scan_id, *parts, checkpoint=checkpoint, producer=producer)
+
+    def append_nowait(
+        self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None, producer: Producer | None = None
+    ) -> "asyncio.Future[Scan]":
+        """As `append`; gives what will be the scan once they are committed."""
         if not self._is_open:
             raise JournalUnavailable("The log is closed.")
         log = self._find(scan_id)
@@ -140,13 +146,13 @@ class EventLog:
         if producer is not None:
             tip = replace(tip, producer=producer)
         log.tip, self._last_n = tip, n
-        return await self._write(log, Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
+        return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
 
-    async def _write(self, log: _ScanLog, write: Write) -> Scan:
-        committed: asyncio.Future[Scan] = asyncio.get_running_loop().create_future()
-        self._waiting[id(write)] = committed
+    def _write(self, write: Write) -> "asyncio.Future[Scan]":
+        # Its own: a caller that is cancelled cancels nothing else.
+        committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
         self._journal.submit(write)
-        return await committed  # its own: a caller that is cancelled cancels nothing else
+        return committed
 
     def publish(self, scan_id: str, progress: Progress) -> None:
         """Makes this the latest progress of a scan. It is not kept, and behind the end no event carries it.
@@ -175,12 +181,12 @@ class EventLog:
         """Forgets all events of a finished scan but its end."""
         log = self._find(scan_id)
         log.tip = replace(log.tip, is_trimmed=True)
-        await self._write(log, Write(scan=log.tip, trims=True))
+        await self._write(Write(scan=log.tip, trims=True))
 
     async def remove(self, scan_id: str) -> None:
         """Forgets a finished scan."""
         log = self._find(scan_id)
-        await self._write(log, Write(scan=log.tip, removes=True))
+        await self._write(Write(scan=log.tip, removes=True))
 
     def _show(self, writes: Sequence[Write]) -> None:
         for write in writes:

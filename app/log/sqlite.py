@@ -208,7 +208,9 @@ def _take_lock(lock: IO[str], path: Path) -> None:
 
 def _can_be_folded(write: Write) -> bool:
     """Matches make the same of a scan whenever they are read, so its record need not be written with each of them."""
-    return bool(write.events) and all(event.type is EventType.MATCHES for event in write.events)
+    if not write.events or write.scan.producer is not None:
+        return False
+    return all(event.type is EventType.MATCHES for event in write.events)
 
 
 def _put(connection: sqlite3.Connection, write: Write) -> None:
