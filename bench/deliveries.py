@@ -63,7 +63,7 @@ def _run_many(bench: Bench, work: Work, scans: int, *, websocket: bool) -> Run:
     words = ["-m", "bench.peers.scanwire_many", *(str(word) for option in options.items() for word in option)]
     subscription = contenders.subscribe_to_scan(*map(make_scan_id, range(scans)), websocket=websocket)
     with (
-        serve_scanwire(command=words, cpus=bench.server_cpus) as server,
+        serve_scanwire(command=words, cpus=bench.server_cpus, path=f"/v1/scans/{make_scan_id(scans - 1)}") as server,
         bench.subscribe(
             server, subscription, connections=scans, events=work.events, within_s=4 * work.events / work.rate + 30
         ) as load,

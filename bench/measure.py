@@ -99,7 +99,11 @@ def serve(
 
 @contextlib.contextmanager
 def serve_scanwire(
-    *, env: Mapping[str, str] = {}, cpus: set[int] | None = None, command: Sequence[str] = ("-m", "app", "serve")
+    *,
+    env: Mapping[str, str] = {},
+    cpus: set[int] | None = None,
+    command: Sequence[str] = ("-m", "app", "serve"),
+    path: str = "/healthz",
 ) -> Iterator[Server]:
     """Runs Scanwire by its own command (which is how it gets its own protocol classes), with generous limits and a
     journal that is thrown away."""
@@ -107,7 +111,7 @@ def serve_scanwire(
     with tempfile.TemporaryDirectory() as state:
         settings = GENEROUS | {"SCANWIRE_STATE_DIR": state, "SCANWIRE_DRAIN_S": "1"} | dict(env)
         words = [sys.executable, *command, "--port", str(port)]
-        with run_server(words, port, env=settings, cpus=cpus) as server:
+        with run_server(words, port, env=settings, cpus=cpus, path=path) as server:
             yield server
 
 
@@ -169,10 +173,11 @@ def _wait_until_served(process: "subprocess.Popen[bytes]", port: int, path: str)
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", path)
-            if connection.getresponse().status < 500:
+            if connection.getresponse().status < 400:
                 return
         except OSError:
-            time.sleep(0.05)
+            pass
+        time.sleep(0.05)
     raise SystemExit("the server under test did not start in time")
 
 

@@ -11,15 +11,12 @@ import asyncio
 import json
 import os
 import statistics
-import tempfile
 import urllib.request
 from typing import Any, cast
 
 import uvloop
 
-from bench.measure import Server, print_table, serve
-
-GENEROUS = {"SCANWIRE_READ_PER_S": "10000000", "SCANWIRE_READ_BURST": "10000000"}
+from bench.measure import Server, print_table, serve, serve_scanwire
 
 
 class Poller(asyncio.Protocol):
@@ -88,10 +85,7 @@ def main() -> None:
     first = {cores[0]}
 
     with (
-        tempfile.TemporaryDirectory() as state,
-        serve(
-            "app.application:create_app", factory=True, cpus=first, env=GENEROUS | {"SCANWIRE_STATE_DIR": state}
-        ) as own,
+        serve_scanwire(cpus=first) as own,
         serve("bench.peers.fastapi_slowapi:app", cpus=first) as peer,
     ):
         scan_id = fetch(own.port, "/v1/scans", "POST", {"scanner": "gap-up", "params": {"preset": "relaxed"}})[0]["id"]

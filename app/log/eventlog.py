@@ -57,6 +57,7 @@ class EventLog:
         self._finished: OrderedDict[str, int] = OrderedDict()  # in memory though finished, with their size
         self._finished_bytes = 0
         self._waiting: dict[int, asyncio.Future[Scan]] = {}  # by id() of the write
+        self._outbox: list[Write] = []  # appended in this turn of the loop
         self._listeners: list[Callable[[str], None]] = []
         self._last_n = 0
         self._appended = 0
@@ -91,6 +92,7 @@ class EventLog:
     async def close(self) -> None:
         """Commits what is left and closes the journal; what cannot be written raises where it was appended."""
         self._is_open = False
+        self._hand_over()
         left = await to_thread.run_sync(self._journal.close)
         await asyncio.sleep(0)  # let the last commits be shown first
         waiting = [self._waiting.pop(id(write)) for write in left]
@@ -149,10 +151,18 @@ class EventLog:
         return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
 
     def _write(self, write: Write) -> "asyncio.Future[Scan]":
+        loop = asyncio.get_running_loop()
+        if not self._outbox:
+            loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
+        self._outbox.append(write)
         # Its own: a caller that is cancelled cancels nothing else.
-        committed = self._waiting[id(write)] = asyncio.get_running_loop().create_future()
-        self._journal.submit(write)
+        committed = self._waiting[id(write)] = loop.create_future()
         return committed
+
+    def _hand_over(self) -> None:
+        if self._outbox:
+            writes, self._outbox = self._outbox, []
+            self._journal.submit(writes)
 
     def publish(self, scan_id: str, progress: Progress) -> None:
         """Makes this the latest progress of a scan. It is not kept, and behind the end no event carries it.

@@ -53,7 +53,7 @@ class SqliteJournal:
         self.path = path
         self.fault: str | None = None
         # None asks the writer to stop.
-        self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Write] | None] = queue.SimpleQueue()
         self._left: list[Write] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -100,8 +100,8 @@ class SqliteJournal:
         records = connection.execute("SELECT record FROM scans")
         return Kept(meta["epoch"], meta["last_n"], [Scan.from_record(record) for (record,) in records])
 
-    def submit(self, write: Write) -> None:
-        self._queue.put(write)
+    def submit(self, writes: Sequence[Write]) -> None:
+        self._queue.put(writes)
 
     def _write_all(self, connection: sqlite3.Connection, committed: Callable[[Sequence[Write]], None]) -> None:
         with closing(connection):
@@ -118,7 +118,7 @@ class SqliteJournal:
                     except queue.Empty:
                         break
                 is_open = None not in batch
-                writes = [write for write in batch if write is not None]
+                writes = [write for submitted in batch for write in submitted or ()]
                 # Behind what could not be written nothing may be: its seq would have a gap.
                 if writes and not self._left and self._commit_until_done(connection, writes):
                     committed(writes)
@@ -148,8 +148,17 @@ class SqliteJournal:
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
+            # Events first, all at once: what trims or removes those of a scan comes after its end.
+            connection.executemany(
+                "INSERT INTO events (scan, n, seq, type, id, ts, json) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    (event.scan, event.n, event.seq, event.type, event.id, event.ts, event.json)
+                    for write in writes
+                    for event in write.events
+                ),
+            )
             for write in writes:
-                _put(connection, write)
+                _put_rest(connection, write)
             last_n = max((event.n or 0 for write in writes for event in write.events), default=0)
             connection.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'last_n'", (last_n,))
             connection.execute("COMMIT")
@@ -213,7 +222,8 @@ def _can_be_folded(write: Write) -> bool:
     return all(event.type is EventType.MATCHES for event in write.events)
 
 
-def _put(connection: sqlite3.Connection, write: Write) -> None:
+def _put_rest(connection: sqlite3.Connection, write: Write) -> None:
+    """What a write holds beside its events."""
     scan = write.scan
     if write.trims or write.removes:
         kept = "" if write.removes else " AND type != 'end'"
@@ -222,10 +232,6 @@ def _put(connection: sqlite3.Connection, write: Write) -> None:
     if write.removes:
         connection.execute("DELETE FROM scans WHERE id = ?", (scan.id,))
         return
-    connection.executemany(
-        "INSERT INTO events (scan, n, seq, type, id, ts, json) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(event.scan, event.n, event.seq, event.type, event.id, event.ts, event.json) for event in write.events],
-    )
     if not _can_be_folded(write):
         connection.execute("INSERT OR REPLACE INTO scans (id, record) VALUES (?, ?)", (scan.id, scan.to_record()))
     if write.checkpoint is not None:
