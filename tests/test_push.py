@@ -14,7 +14,7 @@ from app.core.event import Cursor, Event, EventType, make_event
 from app.core.scan import Progress, State
 from app.log.eventlog import EventLog
 from app.push import reader as reader_module
-from app.push.frames import frame_ndjson, frame_sse, frame_text
+from app.push.frames import frame_ndjson, frame_sse
 from app.push.hub import Hub
 from tests.conftest import until
 from tests.test_log import open_log
@@ -219,4 +219,4 @@ def test_every_frame_carries_the_same_json(text: str, type_: EventType, is_durab
     assert [line for line in lines if line.startswith(b"data: ")] == [b"data: " + event.json]
     assert lines[-2:] == [b"", b""]
     assert frame_ndjson(event) == event.json + b"\n"
-    assert json.loads(frame_text(event))["data"] == {"text": text}
+    assert json.loads(event.json)["data"] == {"text": text}

@@ -23,7 +23,7 @@ from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
 from app.push.puller import Puller
-from app.push.wire import HttpConnection, find_wire
+from app.push.wire import find_wire
 
 _SCANS = "/v1/scans/"
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
@@ -89,7 +89,7 @@ class PlainPolls:
             return
         if_none_match = headers.get(b"if-none-match", b"")
         status, fields, body = _encode_answer(service, self._snapshots, client, scan, if_none_match)
-        if (wire := find_wire(scope, HttpConnection)) is not None:
+        if (wire := find_wire(scope)) is not None:
             wire.respond(status, (*fields, *DATA_HEADERS), body)
             return
         await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})

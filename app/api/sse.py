@@ -54,7 +54,7 @@ async def _answer(request: Request, scan_ids: Sequence[str]) -> ASGIApp:
             return _make_throttled(service, refusal)
         raise
     stream = Stream(service, client, lease, scan_ids, cursor, STREAM if format_ == SSE else LINES)
-    wire = find_wire(request.scope, HttpConnection)
+    wire: HttpConnection | None = find_wire(request.scope)
     return stream.pull if wire is None else partial(stream.push, wire)
 
 

@@ -31,7 +31,7 @@ from app.core.scan import Scan
 from app.engine.admission import Submission
 from app.engine.limits import StreamLease
 from app.engine.sessions import Presence
-from app.push.frames import MESSAGES, frame_message, frame_text
+from app.push.frames import MESSAGES, frame_message
 from app.push.puller import Puller
 from app.push.subscriber import Subscriber
 from app.push.wire import FINISH, WebSocketConnection, find_wire
@@ -63,7 +63,7 @@ async def serve_websocket(websocket: WebSocket) -> None:
         lease = stack.enter_context(service.limits.open_stream(client))
         await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
         watched = dict.fromkeys(scan_ids, after)
-        wire = find_wire(websocket.scope, WebSocketConnection)
+        wire: WebSocketConnection | None = find_wire(websocket.scope)
         if wire is None:
             await _serve_pulled(websocket, service, client, watched)
         else:
@@ -156,7 +156,7 @@ async def _write(
                 await websocket.close(refusal.close_code, close_reason(refusal))
                 return
             for event in batch:
-                await send(frame_text(event))
+                await send(event.json.decode())
                 if event.type is EventType.BYE:
                     await websocket.close(1001, GOING_AWAY)
                     return

@@ -22,12 +22,6 @@ def frame_ndjson(event: Event) -> bytes:
 
 
 @lru_cache(maxsize=_CACHED)
-def frame_text(event: Event) -> str:
-    """The payload of one WebSocket text message."""
-    return event.json.decode()
-
-
-@lru_cache(maxsize=_CACHED)
 def frame_websocket(event: Event) -> bytes:
     """The whole frame of one WebSocket text message."""
     return frame_message(event.json)

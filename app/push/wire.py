@@ -15,7 +15,7 @@ of versions in pyproject.toml is the one that was tested.
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,12 +25,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from app.core.errors import InvalidRequest
 
 EXTENSION = "scanwire.wire"
-_NO_HTTP = (
-    "Header fields, such as Last-Event-ID, hold neither line breaks nor control characters, and a body has one length."
-)
 FINISH = "scanwire.finish"  # type of the message that a WebSocket receives when its subscriber has finished
-
-Kind = TypeVar("Kind", bound="Connection")
 
 
 class Bounds(NamedTuple):
@@ -177,7 +172,8 @@ class HttpConnection(Connection, HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, for what is no HTTP: as a problem that says what to do."""
-        problem = orjson.dumps(InvalidRequest(f"{msg} {_NO_HTTP}").to_problem())
+        advice = "Header fields, such as Last-Event-ID, hold neither line breaks nor control characters."
+        problem = orjson.dumps(InvalidRequest(f"{msg} {advice}").to_problem())
         fields = (b"HTTP/1.1 400 Bad Request", b"content-type: application/problem+json", b"connection: close")
         self.write(b"\r\n".join((*fields, b"content-length: %d" % len(problem), b"", problem)))
         self.transport.close()
@@ -230,7 +226,6 @@ class WebSocketConnection(Connection, WebSocketsSansIOProtocol):
         super().data_received(data)
 
 
-def find_wire(scope: Scope, kind: type[Kind]) -> Kind | None:
-    """The connection that a request came on, if the server lets it be written to."""
-    wire = scope.get("extensions", {}).get(EXTENSION)
-    return wire if isinstance(wire, kind) else None
+def find_wire(scope: Scope) -> Any:
+    """The HttpConnection or WebSocketConnection that a request came on; None where the server has no such thing."""
+    return scope.get("extensions", {}).get(EXTENSION)
