@@ -17,6 +17,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from app.commands.demo import read_demo_settings
 from app.core.settings import Settings, hash_key
 from tests.conftest import Gate
 from tests.serving import Serving, serve
@@ -364,7 +365,16 @@ async def test_the_demo_runs_a_scan_and_serves_on(tmp_path: Path) -> None:
             assert events.text.count("event: matches") == 5
             page = await http.get(f"http://127.0.0.1:{port}/")
             assert page.status_code == 200
+            for year in (2006, 2007, 2008):  # more than a client may submit elsewhere, and after the demo's own scan
+                body = {"scanner": "gap-up", "params": {"start": f"{year}-01-01"}, "reuse": "never"}
+                assert (await http.post(f"http://127.0.0.1:{port}/v1/scans", json=body)).status_code == 202
         process.send_signal(signal.SIGINT)
         ended = await finish(process)
         assert ended.code == 0
         assert "gap-up completed: 118 matches" in ended.err
+
+
+async def test_the_environment_overrides_what_suits_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (read_demo_settings().chunk_rows, read_demo_settings().submit_per_min) == (1, 30)
+    monkeypatch.setenv("SCANWIRE_SUBMIT_PER_MIN", "7")
+    assert (read_demo_settings().chunk_rows, read_demo_settings().submit_per_min) == (1, 7)

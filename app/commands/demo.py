@@ -12,18 +12,29 @@ from app.commands.environment import CommandFailed, read_settings
 from app.commands.launch import Launch, describe_store, open_socket, say
 from app.commands.terminal import ScanView, choose_display, show_events
 from app.core.errors import PricesError
+from app.core.settings import Settings
 from app.market.sample import make_sample
 from app.observe.logs import configure_logging
 
 DEMO_SCANNER = "gap-up"
 DEMO_PARAMS = {"start": "2005-01-01", "preset": "relaxed"}
 DEFAULT_URL = "http://127.0.0.1:8000"
+DEMO_SETTINGS = {
+    "chunk_rows": 1,  # one chunk a symbol, so that there is something to see of a small sample
+    "submit_per_min": 30,  # the demo's own scan and those that its user tries out are charged to the same address
+}
+
+
+def read_demo_settings() -> Settings:
+    """The settings of the environment; where it has none, those that suit a demo. Raises CommandFailed."""
+    return read_settings(
+        **{name: value for name, value in DEMO_SETTINGS.items() if f"SCANWIRE_{name.upper()}" not in os.environ}
+    )
 
 
 def run_demo(port: int) -> None:
     """Serves the sample, shows a scan over it, and serves on until SIGINT or SIGTERM. Raises CommandFailed."""
-    # One chunk a symbol, so that there is something to see of a small sample.
-    settings = read_settings(chunk_rows=None if "SCANWIRE_CHUNK_ROWS" in os.environ else 1)
+    settings = read_demo_settings()
     sample = settings.state_dir / SAMPLE_NAME
     settings = settings.model_copy(update={"prices": sample})
     listener = open_socket("127.0.0.1", port)
