@@ -329,6 +329,21 @@ async def test_matches_come_in_every_format_and_are_the_same(serving: Serving) -
                 assert by_suffix.json()["rows"] == rows
 
 
+async def test_matches_of_invented_prices_are_marked_in_json_and_in_the_names_of_files(
+    tmp_path: Path, synthetic_prices: Path, serving: Serving
+) -> None:
+    async with serve(tmp_path, synthetic_prices) as invented:
+        for one, mark in ((invented, "synthetic-"), (serving, "")):
+            scan = await one.submit("gap-up", preset="relaxed")
+            await one.finish(scan["id"])
+            address = f"/v1/scans/{scan['id']}/matches"
+            assert (await one.http.get(address)).json()["data_version"] == scan["data_version"]
+            assert scan["data_version"].startswith("synthetic-") is bool(mark)
+            for suffix in ("csv", "parquet"):
+                name = (await one.http.get(f"{address}.{suffix}")).headers["content-disposition"]
+                assert name == f'attachment; filename="{mark}gap-up-{scan["id"][2:10]}.{suffix}"'
+
+
 async def test_the_list_is_the_clients_own_newest_first_and_paged(serving: Serving) -> None:
     ids = [(await serving.submit("gap-up", start=f"200{year}-01-01"))["id"] for year in range(5)]
     got: list[str] = []

@@ -3,11 +3,14 @@
 import io
 import json
 import logging
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from app.commands.listings import print_scans
 from app.commands.terminal import (
+    LiveDisplay,
     PlainDisplay,
     ScanView,
     choose_columns,
@@ -104,6 +107,54 @@ def test_a_view_sums_up_what_the_events_told() -> None:
         view.take(parse(event))
     assert view.is_proved
     assert view.summarise().splitlines()[0] == "gap-up completed: 3 matches in 1.00 s over 5 symbols"
+
+
+SYNTHETIC: dict[str, Any] = {
+    "scanner": "gap-up",
+    "total": 5,
+    "unit": "symbols",
+    "data_version": "synthetic-0123456789abcdef",
+}
+
+
+def test_invented_prices_are_marked_while_a_scan_is_shown_and_when_it_is_summed_up() -> None:
+    view = ScanView(SCAN, "gap-up")
+    console = Console(file=io.StringIO(), width=80)
+    display = LiveDisplay([view], console)
+    for event in [make_event(2, "started", SYNTHETIC), make_event(3, "matches", {"chunk": 0, "rows": [ROW]})]:
+        view.take(parse(event))
+        display.take(parse(event))
+    console.print(display._render())
+    assert isinstance(console.file, io.StringIO)
+    assert "1 matches  SYNTHETIC, not real prices" in console.file.getvalue()
+    view.take(parse(make_events(1)[-1]))
+    assert "\nSYNTHETIC, not real prices." in view.summarise()
+
+
+def test_among_several_scans_the_ones_over_invented_prices_are_named() -> None:
+    views = [ScanView("s_1", "gap-up", data_version=SYNTHETIC["data_version"]), ScanView("s_2", "a-plus")]
+    assert LiveDisplay(views, Console())._mark_synthetic() == "  SYNTHETIC, not real prices (gap-up)"
+
+
+def test_invented_prices_are_still_marked_when_only_the_end_is_kept() -> None:
+    view = ScanView(SCAN, "gap-up")
+    view.take(parse(make_reset({"data_version": SYNTHETIC["data_version"]})))
+    assert view.is_synthetic
+
+
+def test_lines_of_invented_prices_are_announced_beside_them() -> None:
+    out, aside = io.StringIO(), io.StringIO()
+    PlainDisplay(out, aside).take(parse(make_event(2, "started", SYNTHETIC)))
+    assert (out.getvalue(), aside.getvalue()) == ("", "SYNTHETIC, not real prices:\n")
+
+
+@pytest.mark.parametrize(("data_version", "count"), [("synthetic-0123456789abcdef", 1), ("0123456789abcdef", 0)])
+def test_a_list_of_scans_marks_those_over_invented_prices(
+    data_version: str, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"id": "s_1", "scanner": "gap-up", "state": "completed", "matches": 3, "created_ts": 0}
+    print_scans([{**one, "data_version": data_version}, {**one, "data_version": "00"}])
+    assert capsys.readouterr().out.count("SYNTHETIC") == count
 
 
 def test_rows_that_differ_from_those_found_are_said_to() -> None:

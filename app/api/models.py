@@ -19,6 +19,7 @@ SCAN_ID = r"^s_[A-Za-z0-9_-]{22}$"
 CURSOR = f"^{CURSOR_PATTERN.pattern}$"
 
 ScanId = Annotated[str, Field(pattern=SCAN_ID, description="id of a scan; who knows it may read it")]
+DataVersion = Annotated[str, Field(description="of the prices that were read; `synthetic-` before it: invented")]
 CursorText = Annotated[str, Field(pattern=CURSOR, description="position in the order of durable events: <epoch>-<n>")]
 TimeMs = Annotated[int, Field(description="milliseconds since 1970", ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -88,7 +89,7 @@ class Started(Wire):
     params: Annotated[dict[str, Any], Field(description="normalised: every default is filled in")]
     total: Annotated[Count | None, Field(description="units of work; null: not known yet")]
     unit: str
-    data_version: str
+    data_version: DataVersion
     attempt: Annotated[int, Field(ge=1, description="more than 1 after a restart of the server")]
 
 
@@ -188,7 +189,7 @@ class Snapshot(Wire):
     created_ts: TimeMs
     started_ts: TimeMs | None
     finished_ts: TimeMs | None
-    data_version: str
+    data_version: DataVersion
     attempt: Count
     joined: Annotated[bool, Field(description="an earlier scan that answers the same question")]
     poll_after_s: Annotated[float | None, Field(ge=0, description="poll again after this; null: nothing more comes")]
@@ -332,6 +333,7 @@ class Matches(Wire):
     id: ScanId
     scanner: str
     state: Annotated[State, Field(description="the rows are all there once the scan has ended")]
+    data_version: DataVersion
     matches: Count
     rows: Rows
 

@@ -54,7 +54,10 @@ _HEADERS: dict[str, tuple[Schema, str]] = {
         {"type": "string", "enum": [state.value for state in State]},
         "state of the scan; before its end, rows may still come",
     ),
-    "Content-Disposition": ({"type": "string"}, "a file name; of CSV and Parquet"),
+    "Content-Disposition": (
+        {"type": "string"},
+        "a file name; of CSV and Parquet. It begins with `synthetic-` where prices are invented",
+    ),
     "WWW-Authenticate": ({"type": "string"}, "how to send a key or token"),
 }
 # Fields of refusals, by status; those that need not be there end in `?`.

@@ -14,7 +14,7 @@ from app.api.polling import hint_next
 from app.api.service import Service, get_client, get_service
 from app.core.errors import InvalidParams, InvalidRequest, SlowBody, Trimmed, UnsupportedMedia
 from app.core.event import EventType
-from app.core.scan import Scan
+from app.core.scan import SYNTHETIC, Scan, is_synthetic
 from app.core.snapshot import make_snapshot
 from app.engine.admission import Submission
 from app.engine.export import export_rows
@@ -166,7 +166,8 @@ async def get_matches(request: Request) -> Response:
         columns = () if scan.scanner == EXTERNAL else ("symbol", "date")
         body = await service.runner.pool.call(export_rows, pages, format_ == CSV, columns)
         extension = "csv" if format_ == CSV else "parquet"
-        headers["Content-Disposition"] = f'attachment; filename="{scan.scanner}-{scan.id[2:10]}.{extension}"'
+        mark = SYNTHETIC if is_synthetic(scan.data_version) else ""
+        headers["Content-Disposition"] = f'attachment; filename="{mark}{scan.scanner}-{scan.id[2:10]}.{extension}"'
         return Response(body, headers=headers, media_type=format_)
     write = _write_json if format_ == JSON else _write_ndjson
     return StreamingResponse(write(service, scan), headers=headers, media_type=format_)
@@ -185,7 +186,13 @@ async def _read_matches(service: Service, scan: Scan) -> AsyncIterator[Any]:
 
 
 async def _write_json(service: Service, scan: Scan) -> AsyncIterator[bytes]:
-    head = {"id": scan.id, "scanner": scan.scanner, "state": scan.state, "matches": scan.matches}
+    head = {
+        "id": scan.id,
+        "scanner": scan.scanner,
+        "state": scan.state,
+        "data_version": scan.data_version,
+        "matches": scan.matches,
+    }
     yield orjson.dumps(head)[:-1] + b',"rows":['
     comma = b""
     async for event in _read_matches(service, scan):

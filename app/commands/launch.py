@@ -17,6 +17,7 @@ from app.api.service import Service
 from app.application import create_app
 from app.commands.environment import CommandFailed, read_settings
 from app.core.errors import ScanwireError
+from app.core.scan import SYNTHETIC_MARK
 from app.core.settings import Settings
 from app.market.store import Store
 from app.observe.logs import configure_logging
@@ -50,7 +51,7 @@ def run_server(host: str, port: int, prices: str | None, state_dir: str | None) 
 
 def describe_store(store: Store) -> str:
     """What prices these are and where they come from; invented ones are marked."""
-    mark = "SYNTHETIC, not real prices: " if store.is_synthetic else ""
+    mark = f"{SYNTHETIC_MARK}: " if store.is_synthetic else ""
     count = len(store.symbols)
     span = f"{store.rows:,} rows, {store.first} to {store.last}"
     source = textwrap.fill(store.source, 79, initial_indent=" " * 8, subsequent_indent=" " * 8)

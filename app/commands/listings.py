@@ -11,6 +11,7 @@ from rich.text import Text
 
 from app.commands.flags import describe_type, to_flag
 from app.commands.terminal import STATE_STYLES
+from app.core.scan import is_synthetic
 
 PIPE_WIDTH = 200  # of lines that go to a file or a pipe
 
@@ -40,11 +41,14 @@ def print_scans(snapshots: Sequence[Mapping[str, Any]]) -> None:
     if not snapshots:
         print("You have no scans here. Start one with: scanwire scan gap-up")
         return
-    table = new_table("id", "scanner", "state", "matches", "submitted", right=("matches",))
+    is_any_synthetic = any(is_synthetic(snapshot["data_version"]) for snapshot in snapshots)
+    prices = ("prices",) if is_any_synthetic else ()
+    table = new_table("id", "scanner", "state", "matches", *prices, "submitted", right=("matches",))
     for snapshot in snapshots:
         submitted = time.strftime("%Y-%m-%d %H:%M", time.localtime(snapshot["created_ts"] / 1000))
         state = Text(snapshot["state"], style=STATE_STYLES.get(snapshot["state"], "cyan"))
-        table.add_row(snapshot["id"], snapshot["scanner"], state, f"{snapshot['matches']:,}", submitted)
+        mark = ("SYNTHETIC" if is_synthetic(snapshot["data_version"]) else "",) if is_any_synthetic else ()
+        table.add_row(snapshot["id"], snapshot["scanner"], state, f"{snapshot['matches']:,}", *mark, submitted)
     print_table(table)
 
 

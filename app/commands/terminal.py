@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.core.event import EventType
-from app.core.scan import State, feed_digest
+from app.core.scan import SYNTHETIC_MARK, State, feed_digest, is_synthetic
 from app.eventstream import ScanEvent
 
 Row = Mapping[str, Any]
@@ -144,6 +144,7 @@ class ScanView:
     eta_s: Sequence[float] | None = None
     total: int | None = None
     unit: str = "symbols"
+    data_version: str = ""
     matches: int = 0
     end: Mapping[str, Any] | None = None
     _digest: Any = field(default_factory=hashlib.sha256)
@@ -156,6 +157,7 @@ class ScanView:
             case EventType.STARTED:
                 self.state, self.scanner = State.RUNNING, data["scanner"]
                 self.total, self.unit = data["total"], data["unit"]
+                self.data_version = data.get("data_version", "")
             case EventType.PROGRESS:
                 self.progress = data
             case EventType.MATCHES:
@@ -174,6 +176,12 @@ class ScanView:
         self._digest = hashlib.sha256()
         if data.get("snapshot") is None:
             self.state = State.LOST
+        else:  # where `started` is not kept any more
+            self.data_version = data["snapshot"].get("data_version", self.data_version)
+
+    @property
+    def is_synthetic(self) -> bool:
+        return is_synthetic(self.data_version)
 
     @property
     def is_proved(self) -> bool:
@@ -191,6 +199,8 @@ class ScanView:
             text += f" over {self.total:,} {show_text(self.unit)}"
         if end.get("truncated"):
             text += "; more were found than are kept"
+        if self.is_synthetic:
+            text += f"\n{SYNTHETIC_MARK}."
         if (skipped := end.get("skipped_symbols") or len(end["skipped"])) > 0:
             first = end["skipped"][0]
             text += f"\nBad rows were left out of {skipped:,} symbols, such as {first['symbol']}: {first['reason']}"
@@ -281,8 +291,14 @@ class LiveDisplay:
         if newest:
             parts.append(make_table(choose_columns(newest, self._console.width - 1), newest))
             note = f"the newest {len(newest)} of {found:,} matches" if found > len(newest) else f"{found:,} matches"
-            parts.append(Text(note, style="dim"))
+            parts.append(Text.assemble((note, "dim"), (self._mark_synthetic(), "bold yellow")))
         return Group(*parts, *(view.render(with_name=len(self._views) > 1) for view in self._views))
+
+    def _mark_synthetic(self) -> str:
+        """Which of the rows above are invented."""
+        names = [view.scanner for view in self._views if view.is_synthetic]
+        which = f" ({', '.join(names)})" if 0 < len(names) < len(self._views) else ""
+        return f"  {SYNTHETIC_MARK}{which}" if names else ""
 
 
 class PlainDisplay:
@@ -306,6 +322,8 @@ class PlainDisplay:
             self._write([column.show_in(row) for column in self._columns])
         if event.type == EventType.RESET:
             self.say("The server's log is another one now: what came before counts for nothing.")
+        if event.type == EventType.STARTED and is_synthetic(event.data.get("data_version", "")):
+            self.say(f"{SYNTHETIC_MARK}:")
         self._out.flush()
 
     def _write(self, texts: Sequence[str]) -> None:

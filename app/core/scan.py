@@ -234,6 +234,15 @@ def pack_rows(rows: Sequence[Row]) -> Rows:
     return Rows(len(rows), orjson.dumps(rows), b"".join(canonical_row(row) + b"\n" for row in rows))
 
 
+SYNTHETIC = "synthetic-"  # what the data version of invented prices begins with
+SYNTHETIC_MARK = "SYNTHETIC, not real prices"
+
+
+def is_synthetic(data_version: str) -> bool:
+    """Whether these prices are invented: what was found in them is marked wherever it is shown."""
+    return data_version.startswith(SYNTHETIC)
+
+
 def make_same_key(scanner: str, params: Mapping[str, Any], data_version: str) -> str:
     """Equal for two submissions that must find the same rows."""
     text = orjson.dumps([scanner, params, data_version], option=orjson.OPT_SORT_KEYS)

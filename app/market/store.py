@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from app.core.errors import PricesChanged, PricesError
-from app.core.scan import Skipped
+from app.core.scan import SYNTHETIC, Skipped
 from app.market.dirt import PRICES, drop_bad_rows
 
 COLUMNS = ("symbol", "date", *PRICES, "volume")
@@ -111,7 +111,7 @@ def open_store(path: Path) -> Store:
         raise PricesError(f"The price file {path.name} has its columns but no rows. {HINT}")
     return Store(
         path=path,
-        data_version=f"synthetic-{data_version}" if metadata.get("is_synthetic") else data_version,
+        data_version=f"{SYNTHETIC}{data_version}" if metadata.get("is_synthetic") else data_version,
         stamp=stamp,
         symbols=symbols,
         rows=sum(entry.rows for entry in symbols),
