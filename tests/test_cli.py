@@ -312,6 +312,11 @@ async def test_what_keeps_the_server_from_starting_is_one_sentence(tmp_path: Pat
         (("serve", "--port", ports[0], "--prices", str(bad)), {}, "The price file bad.parquet cannot be read"),
         (("serve", "--port", ports[1]), {"SCANWIRE_MAX_RUNNING": "0"}, "SCANWIRE_MAX_RUNNING: Input should be greater"),
         (("serve", "--port", ports[2]), {"SCANWIRE_STATE_DIR": "/dev/null/x"}, "SCANWIRE_STATE_DIR"),
+        (
+            ("serve", "--port", ports[2]),
+            {"SCANWIRE_MAX_RUNING": "1"},
+            "\n  SCANWIRE_MAX_RUNING is not a setting; did you mean SCANWIRE_MAX_RUNNING?",
+        ),
     ]
     endings = await asyncio.gather(*(run(*words, **{**state, **environment}) for words, environment, _ in cases))
     for ended, (words, _, says) in zip(endings, cases, strict=True):

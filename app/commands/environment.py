@@ -25,7 +25,8 @@ def read_settings(**given: Any) -> "Settings":
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         wrong = [
-            f"SCANWIRE_{str(one['loc'][0] if one['loc'] else '').upper()}: {one['msg'].removeprefix('Value error, ')}"
+            "".join(f"SCANWIRE_{str(name).upper()}: " for name in one["loc"][:1])
+            + one["msg"].removeprefix("Value error, ")
             for one in error.errors(include_url=False, include_input=False)
         ]
         raise CommandFailed("These settings are not valid:\n  " + "\n  ".join(wrong)) from None

@@ -1,12 +1,14 @@
 """Every bound of the service, with its unit in its name. Read from `SCANWIRE_*` environment variables."""
 
+import difflib
 import hashlib
 import os
+import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -14,6 +16,12 @@ def _state_dir() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "scanwire"
 
+
+PREFIX = "SCANWIRE_"
+# What else may be in the environment: of the commands that talk to a server, of the tests, and what Kubernetes and
+# Docker set for a service that is called scanwire.
+_NOT_SETTINGS = re.compile(rf"{PREFIX}(URL|API_KEY|TEST_.*|(.+_)?(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP))(_.*)?)")
+_LINK = ("tcp://", "udp://")
 
 Commas = Annotated[tuple[str, ...], NoDecode]
 
@@ -24,7 +32,7 @@ class Settings(BaseSettings):
     Lists are written with commas: `SCANWIRE_ALLOWED_HOSTS=scan.example.org,localhost`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SCANWIRE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     # Where things are kept.
     state_dir: Path = Field(default_factory=_state_dir, description="journal and sample prices are kept here")
@@ -104,6 +112,20 @@ class Settings(BaseSettings):
     operator_keys: Commas = Field((), description="name:sha256-hex; these open /v1/operations as well")
 
     log_format: Literal["console", "json"] = "console"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: object) -> object:
+        known = [f"{PREFIX}{name.upper()}" for name in cls.model_fields]
+        wrong = []
+        for name, value in os.environ.items():
+            is_ours = name.upper().startswith(PREFIX) and not value.startswith(_LINK)
+            if is_ours and name.upper() not in known and not _NOT_SETTINGS.fullmatch(name.upper()):
+                near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+                wrong.append(f"{name} is not a setting; " + (f"did you mean {near[0]}?" if near else "unset it."))
+        if wrong:
+            raise ValueError(" ".join(wrong))
+        return values
 
     @field_validator("allowed_hosts", "allowed_origins", "trusted_proxies", "api_keys", "operator_keys", mode="before")
     @classmethod
