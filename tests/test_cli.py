@@ -282,12 +282,32 @@ async def test_prices_are_imported_and_rejected_rows_told(tmp_path: Path) -> Non
     assert "3 rows read, 1 taken" in ended.out
     assert "2 rows were rejected" in ended.out
     assert any(line.split()[:4] == ["a.csv", "2", "AA", "2020-01-03"] for line in ended.out.splitlines())
-    await run("data", "import", str(source), "--to", str(to), "--rejected", str(rejected))
+    await run("data", "import", str(source), "--to", str(to), "--rejected", str(rejected), "--force")
     assert len(rejected.read_text().splitlines()) == 3
     info = await run("data", "info", str(to))
     assert "symbols  1" in info.out
     missing = await run("data", "import", str(tmp_path / "none.csv"), SCANWIRE_STATE_DIR=str(tmp_path))
     assert (missing.code, "There is no file none.csv" in missing.err) == (2, True)
+
+
+async def test_a_file_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
+    source, kept = tmp_path / "a.csv", tmp_path / "kept"
+    source.write_text("Date,Open,High,Low,Close,Volume,Name\n2020-01-02,1,2,0.5,1.5,100,aa\n")
+    kept.write_text("precious")
+    commands = (
+        ("data", "import", str(source), "--to", str(kept)),
+        ("data", "import", str(source), "--rejected", str(kept)),
+        ("data", "synth", "--symbols", "1", "--years", "0.1", "--to", str(kept)),
+    )
+    for command in commands:
+        ended = await run(*command, SCANWIRE_STATE_DIR=str(tmp_path))
+        assert (ended.code, f"{kept} exists already. Name another file, or replace it with --force." in ended.err) == (
+            2,
+            True,
+        )
+        assert kept.read_text() == "precious"
+    assert (await run(*commands[-1], "--force")).code == 0
+    assert kept.read_bytes()[:4] == b"PAR1"
 
 
 async def test_synthetic_prices_are_marked(tmp_path: Path) -> None:

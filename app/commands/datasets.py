@@ -18,6 +18,7 @@ TRADING_DAYS = 252
 
 data_app = typer.Typer(help="Make, import and inspect price files.", no_args_is_help=True)
 To = Annotated[Path | None, typer.Option("--to", help="Price file to write (Parquet).")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
 
 
 @data_app.command("import")
@@ -25,6 +26,7 @@ def import_prices(
     files: Annotated[list[Path], typer.Argument(help="CSV or Parquet files, plain or gzipped.")],
     to: To = None,
     rejected: Annotated[Path | None, typer.Option(help="Write every rejected row to this CSV file.")] = None,
+    force: Force = False,
 ) -> None:
     """Make a price file of CSV or Parquet files; says which rows were dropped, and why."""
     with _refusing():
@@ -32,6 +34,7 @@ def import_prices(
         from app.market.store import open_store, write_store
 
         path = to or _state_dir() / "prices.parquet"
+        _refuse_existing(path, rejected, force=force)
         started = time.monotonic()
         with _working(f"Reading {len(files)} file{'s' * (len(files) != 1)}"):
             imported = import_files(files)
@@ -75,6 +78,7 @@ def synth(
     years: Annotated[float, typer.Option(min=0.01, max=75, help=f"Of {TRADING_DAYS} days.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same prices.")] = 1,
     to: To = None,
+    force: Force = False,
 ) -> None:
     """Invent prices for load tests; they are marked as synthetic wherever they are shown."""
     with _refusing():
@@ -82,6 +86,7 @@ def synth(
         from app.market.store import open_store
 
         path = to or _state_dir() / "synthetic.parquet"
+        _refuse_existing(path, force=force)
         days = max(1, round(years * TRADING_DAYS))
         with _working(f"Inventing {symbols * days:,} rows", lambda: _measure_written(path)):
             make_synthetic(path, symbols=symbols, days=days, seed=seed)
@@ -111,6 +116,15 @@ def _state_dir() -> Path:
     from app.commands.environment import read_settings
 
     return read_settings().state_dir
+
+
+def _refuse_existing(*paths: Path | None, force: bool) -> None:
+    """Nothing is replaced unasked: it may be the work of an hour, and a server may be reading it."""
+    from app.commands.environment import CommandFailed
+
+    for path in paths:
+        if path is not None and path.is_file() and not force:
+            raise CommandFailed(f"{path} exists already. Name another file, or replace it with --force.")
 
 
 @contextmanager
