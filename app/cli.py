@@ -131,9 +131,11 @@ def scan(
 ) -> None:
     """Run a scan and show what it finds, live. Ctrl-C leaves it running."""
     if name == EXTERNAL:
+        from app.commands.environment import name_command
+
         _fail(
             "A scan of `external` is worked on elsewhere: there is nothing to run here. Post what your program finds "
-            'with: your-program | scanwire publish --title "…"',
+            f'with: your-program | {name_command()} publish --title "…"',
             REFUSED,
         )
     given = {"start": start, "end": end, "where": where, "preset": preset}
@@ -265,7 +267,7 @@ def _call(run: "Callable[[Client, list[str]], Coroutine[Any, Any, int]]", url: s
     import asyncio
 
     from app.client import Client, ClientError, RequestRefused, ResultLost
-    from app.commands.environment import CommandFailed
+    from app.commands.environment import CommandFailed, name_command
 
     watching: list[str] = []
 
@@ -280,7 +282,7 @@ def _call(run: "Callable[[Client, list[str]], Coroutine[Any, Any, int]]", url: s
         return PIPE_CLOSED
     except KeyboardInterrupt:
         if watching:
-            back = f"scanwire watch {' '.join(watching)}" + (f" --url {url}" if url != DEFAULT_URL else "")
+            back = f"{name_command()} watch {' '.join(watching)}" + (f" --url {url}" if url != DEFAULT_URL else "")
             _say(f"\n{'The scan goes' if len(watching) == 1 else 'The scans go'} on. Come back with: {back}")
         return INTERRUPTED
     except RequestRefused as error:

@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 
 from app.commands.demo import read_demo_settings
+from app.commands.environment import name_command
 from app.core.settings import Settings, hash_key
 from tests.conftest import Gate
 from tests.serving import Serving, serve
@@ -171,7 +172,7 @@ async def test_ctrl_c_leaves_the_scan_running_and_says_how_to_come_back(serving:
     process.send_signal(signal.SIGINT)
     ended = await finish(process)
     assert ended.code == 130
-    assert f"scanwire watch {scan_id} --url {serving.url}" in ended.err
+    assert f"Come back with: {sys.executable} -m app watch {scan_id} --url {serving.url}" in ended.err
     assert (await serving.http.get(f"/v1/scans/{scan_id}")).json()["state"] == "running"
 
     watching = await start("watch", scan_id, "--json", "--url", serving.url)
@@ -290,6 +291,21 @@ async def test_prices_are_imported_and_rejected_rows_told(tmp_path: Path) -> Non
     assert (missing.code, "There is no file none.csv" in missing.err) == (2, True)
 
 
+async def test_hints_can_be_typed_as_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "my bin" / "scanwire"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["my bin/scanwire", "demo"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert name_command() == "'my bin/scanwire'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert name_command() == "scanwire"
+    # What is on the path is another installation.
+    monkeypatch.setattr(sys, "argv", [".venv/bin/scanwire", "demo"])
+    assert name_command() == ".venv/bin/scanwire"
+
+
 async def test_a_file_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
     source, kept = tmp_path / "a.csv", tmp_path / "kept"
     source.write_text("Date,Open,High,Low,Close,Volume,Name\n2020-01-02,1,2,0.5,1.5,100,aa\n")
@@ -314,6 +330,7 @@ async def test_synthetic_prices_are_marked(tmp_path: Path) -> None:
     ended = await run("data", "synth", "--symbols", "3", "--years", "1", SCANWIRE_STATE_DIR=str(tmp_path))
     assert ended.code == 0
     assert "SYNTHETIC" in ended.out
+    assert f"Serve them with: {sys.executable} -m app serve --prices {tmp_path / 'synthetic.parquet'}" in ended.out
     assert "SYNTHETIC" in (await run("data", "info", str(tmp_path / "synthetic.parquet"))).out
 
 
@@ -380,7 +397,7 @@ async def test_the_demo_runs_a_scan_and_serves_on(tmp_path: Path) -> None:
     port, state_dir = find_port(), str(tmp_path)
     for _ in range(2):  # the second time on what the first one left
         process = await start("demo", "--port", str(port), env={"SCANWIRE_STATE_DIR": state_dir})
-        said = await read_until(process, "scanwire scan gap-up --start 2005-01-01 --preset relaxed --url")
+        said = await read_until(process, "-m app scan gap-up --start 2005-01-01 --preset relaxed --url")
         assert "AAPL, FB, GOOG, IBM and MSFT" in said
         assert "AAPL    2005-02-14      5.44   45,409,400   +2.4%" in said
         curl = next(line for line in said.splitlines() if "curl -N" in line)

@@ -177,7 +177,7 @@ async def test_without_a_server_or_a_good_title_nothing_begins(serving: Serving)
 async def test_scan_external_points_to_publish(serving: Serving) -> None:
     ended = await run("scan", "external", "--url", serving.url)
     assert (ended.code, ended.out) == (2, "")
-    assert "scanwire publish --title" in ended.err
+    assert "-m app publish --title" in ended.err
     shown = await run("scanners", "external", "--url", serving.url)
     assert shown.code == 0
-    assert "scanwire publish" in shown.out
+    assert "-m app publish" in shown.out

@@ -1,5 +1,6 @@
 """`scanwire data`: price files made, imported and looked at."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def import_prices(
         + f" in {elapsed_s:.1f} s"
     )
     _print_store(store)
-    typer.echo(f"\nServe them with: scanwire serve --prices {path}")
+    _tell_next(path)
 
 
 @data_app.command()
@@ -93,7 +94,7 @@ def synth(
         with _working("Checking the price file"):
             store = open_store(path)
     _print_store(store)
-    typer.echo(f"\nServe them with: scanwire serve --prices {path}")
+    _tell_next(path)
 
 
 @contextmanager
@@ -192,6 +193,12 @@ def _write_rejected(imported: "Imported", to: Path) -> None:
         raise CommandFailed(f"{to} cannot be written: {error.strerror}.") from None
     left = sum(imported.counts.values()) - len(imported.rejected)
     typer.echo(f"Rejected rows are in {to}" + (f"; {left:,} more are only counted" if left else ""))
+
+
+def _tell_next(path: Path) -> None:
+    from app.commands.environment import name_command
+
+    typer.echo(f"\nServe them with: {name_command()} serve --prices {shlex.quote(str(path))}")
 
 
 def _print_store(store: "Store") -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from app.application import SAMPLE_NAME
 from app.client import Client, ClientError
-from app.commands.environment import CommandFailed, read_settings
+from app.commands.environment import CommandFailed, name_command, read_settings
 from app.commands.launch import Launch, describe_store, open_socket, say
 from app.commands.terminal import ScanView, choose_display, show_events
 from app.core.errors import PricesError
@@ -56,7 +56,8 @@ def _make_missing_sample(path: Path) -> None:
 async def _show_demo(launch: Launch) -> int:
     say(f"Prices: {describe_store(launch.service.store)}")
     words = " ".join(f"--{name} {value}" for name, value in DEMO_PARAMS.items())
-    say(f"Scan:   scanwire scan {DEMO_SCANNER} {words}\n")
+    command = f"{name_command()} scan {DEMO_SCANNER} {words}"
+    say(f"Scan:   {command}\n")
     try:
         path = await _show_scan(launch.url)
     except ClientError as error:  # such as a key that this server wants and nobody gave
@@ -72,7 +73,7 @@ All rows of this scan:     {launch.url}{path}/matches.csv
 Its events, as they come:
   curl -N -H 'Accept: text/event-stream' {launch.url}{path}/events
 The same from another terminal:
-  scanwire scan {DEMO_SCANNER} {words}{url_flag}"""
+  {command}{url_flag}"""
     )
     return 0
 

@@ -1,5 +1,8 @@
 """What the commands take from the environment: settings, and where price files lie."""
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +12,16 @@ if TYPE_CHECKING:
 
 class CommandFailed(Exception):
     """Why a command cannot do what was asked, and what to do about it, in words for whoever typed it."""
+
+
+def name_command() -> str:
+    """How to call this command again from the same directory: `scanwire` if that finds it, else as it was called."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m app"
+    found = shutil.which("scanwire")
+    is_found = found is not None and called.exists() and called.samefile(found)
+    return "scanwire" if is_found else shlex.quote(sys.argv[0])
 
 
 def read_settings(**given: Any) -> "Settings":
@@ -39,5 +52,5 @@ def find_prices() -> Path:
     settings = read_settings()
     path = settings.prices or settings.state_dir / SAMPLE_NAME
     if settings.prices is None and not path.exists():
-        raise CommandFailed("The sample prices are not made yet; `scanwire serve` and `scanwire demo` make them.")
+        raise CommandFailed(f"The sample prices are not made yet; `{name_command()} demo` makes them.")
     return path

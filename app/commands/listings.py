@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from app.commands.environment import name_command
 from app.commands.flags import describe_type, to_flag
 from app.commands.terminal import STATE_STYLES
 from app.core.scan import is_synthetic
@@ -39,7 +40,7 @@ def new_table(*headers: str, right: Sequence[str] = ()) -> Table:
 
 def print_scans(snapshots: Sequence[Mapping[str, Any]]) -> None:
     if not snapshots:
-        print("You have no scans here. Start one with: scanwire scan gap-up")
+        print(f"You have no scans here. Start one with: {name_command()} scan gap-up")
         return
     is_any_synthetic = any(is_synthetic(snapshot["data_version"]) for snapshot in snapshots)
     prices = ("prices",) if is_any_synthetic else ()
@@ -57,7 +58,7 @@ def print_scanners(scanners: Sequence[Mapping[str, Any]]) -> None:
     for scanner in scanners:
         table.add_row(scanner["name"], scanner["summary"])
     print_table(table)
-    print("\nThe parameters of one: scanwire scanners NAME")
+    print(f"\nThe parameters of one: {name_command()} scanners NAME")
 
 
 def print_scanner(scanner: Mapping[str, Any]) -> None:
@@ -72,7 +73,8 @@ def print_scanner(scanner: Mapping[str, Any]) -> None:
         table.add_row(to_flag(name), *map(_show_value, values), Text(meaning))
     print_table(table)
     if scanner.get("is_external"):
-        print("\nIts matches have the columns that a producer gives them. Start one with: scanwire publish")
+        print("\nIts matches have the columns that a producer gives them.")
+        print(f"Start one with: {name_command()} publish")
         return
     print("\nColumns of a match, beside those of every scan:")
     columns = new_table("column", "meaning")
