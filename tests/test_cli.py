@@ -286,7 +286,7 @@ async def test_prices_are_imported_and_rejected_rows_told(tmp_path: Path) -> Non
     await run("data", "import", str(source), "--to", str(to), "--rejected", str(rejected), "--force")
     assert len(rejected.read_text().splitlines()) == 3
     info = await run("data", "info", str(to))
-    assert "symbols  1" in info.out
+    assert "symbols  1: AA\n" in info.out
     missing = await run("data", "import", str(tmp_path / "none.csv"), SCANWIRE_STATE_DIR=str(tmp_path))
     assert (missing.code, "There is no file none.csv" in missing.err) == (2, True)
 

@@ -254,6 +254,19 @@ async def test_a_scan_that_did_not_complete_is_not_joined(tmp_path: Path, sample
         assert (await engine.submit("trial-raising", reuse="auto")).id != scan.id
 
 
+async def test_a_symbol_that_nothing_looks_like_is_answered_with_those_there_are(
+    tmp_path: Path, sample_prices: Path, synthetic_prices: Path
+) -> None:
+    async with running(tmp_path / "few", sample_prices) as engine:
+        with pytest.raises(InvalidParams, match=r"ZZZZ: not in .*; there are 5: AAPL, FB, GOOG, IBM, MSFT$"):
+            await engine.submit("gap-up", symbols=["ZZZZ"])
+        with pytest.raises(InvalidParams, match="did you mean AAPL"):
+            await engine.submit("gap-up", symbols=["AAPPL"])
+    async with running(tmp_path / "many", synthetic_prices) as engine:
+        with pytest.raises(InvalidParams, match=r"there are 100, such as SYN00000, SYN00001, .*, SYN00007$"):
+            await engine.submit("gap-up", symbols=["ZZZZ"])
+
+
 async def test_a_repeated_post_with_the_same_key_runs_once(tmp_path: Path, sample_prices: Path) -> None:
     async with running(tmp_path, sample_prices) as engine:
         scans = await asyncio.gather(*(engine.submit(key="k1") for _ in range(3)))

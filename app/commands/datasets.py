@@ -202,10 +202,12 @@ def _tell_next(path: Path) -> None:
 
 
 def _print_store(store: "Store") -> None:
+    from app.market.store import name_symbols
+
     lines = {
         "file": str(store.path),
         "source": store.source,
-        "symbols": f"{len(store.symbols):,}",
+        "symbols": name_symbols(store),
         "rows": f"{store.rows:,}",
         "days": f"{store.first} to {store.last}",
         "version": store.data_version,

@@ -33,7 +33,7 @@ from app.engine.runner import Run, Runner
 from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog
-from app.market.store import Chunk, Plan, Store, plan_chunks
+from app.market.store import Chunk, Plan, Store, name_symbols, plan_chunks
 from app.scanners.registry import EXTERNAL, list_scanners
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class Admission:
             raise InvalidParams.of(
                 "symbols",
                 f"{', '.join(plan.missing[:5])}{' and more' if len(plan.missing) > 5 else ''}: not in the price data"
-                + (f"; did you mean {', '.join(near)}?" if near else ", see `scanwire data info`"),
+                + (f"; did you mean {', '.join(near)}?" if near else f"; there are {name_symbols(self._store)}"),
             )
         return plan
 

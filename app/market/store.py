@@ -20,6 +20,7 @@ SCHEMA = pl.Schema({"symbol": pl.String, "date": pl.Date, **dict.fromkeys((*PRIC
 ROW_GROUP_ROWS = 32_768  # small enough that a slice reads little beside itself, large enough to pack well
 SCAN_ROWS = 1_000_000  # rows of symbol and date held at once while a file is checked
 FIRST_CHUNK_ROWS = 8_000  # about six symbols of five years: the first match is not kept waiting
+NAMED_SYMBOLS = 8  # by those who are told what there is
 RAMP = 2  # each chunk is this many times the one before, up to chunk_rows
 HINT = "Run `scanwire data import FILE` to make a price file that can be used."
 
@@ -254,6 +255,13 @@ def write_store(frame: pl.DataFrame, path: Path, *, source: str, is_synthetic: b
     """
     rows = frame.select(COLUMNS).unique(["symbol", "date"], keep="last", maintain_order=True).sort("symbol", "date")
     write_lazy(rows.lazy(), path, source=source, is_synthetic=is_synthetic)
+
+
+def name_symbols(store: Store) -> str:
+    """`5: AAPL, FB, GOOG, IBM, MSFT`, or how many there are and some of them."""
+    names = [entry.symbol for entry in store.symbols[:NAMED_SYMBOLS]]
+    count = len(store.symbols)
+    return f"{count:,}{': ' if len(names) == count else ', such as '}{', '.join(names)}"
 
 
 def plan_chunks(store: Store, symbols: Sequence[str] | None = None, chunk_rows: int = 100_000) -> Plan:
