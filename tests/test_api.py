@@ -429,6 +429,31 @@ async def test_health_readiness_and_metrics_tell_how_it_is(serving: Serving) -> 
     assert operations["prices"]["symbols"] == 5
 
 
+async def test_every_labelled_metric_is_there_from_the_first_moment_and_never_goes(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    async with serve(tmp_path, sample_prices) as serving:
+
+        async def read_series() -> set[str]:
+            lines = (await serving.http.get("/metrics")).text.splitlines()
+            return {line.rpartition(" ")[0] for line in lines if line.startswith("scanwire_") and "le=" not in line}
+
+        first = await read_series()
+        for series in (
+            'scanwire_subscribers{transport="websocket"}',
+            'scanwire_events_pushed_total{transport="long-poll"}',
+            'scanwire_refusals_total{bucket="streams-in-all"}',
+            'scanwire_refusals_total{bucket="submit"}',
+            'scanwire_reaped_total{kind="unwatched"}',
+        ):
+            assert series in first
+        scan = await serving.submit("gap-up")
+        for read in (read_sse, read_ndjson, read_polls, read_websocket):
+            await read(serving, scan["id"])
+        await serving.service.reaper.reap()
+        assert await read_series() == first
+
+
 async def test_the_start_page_and_its_parts_are_served_under_a_strict_policy(serving: Serving) -> None:
     page = await serving.http.get("/")
     assert "<h1>Scanwire</h1>" in page.text

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from aiolimiter import AsyncLimiter
 
@@ -19,6 +19,8 @@ from app.core.errors import AtCapacity, RateLimited
 from app.core.settings import Settings
 
 PolicyName = Literal["submit", "submit-heavy", "read", "connect", "message"]
+# What `refused` counts: the buckets, and the places for streams.
+REFUSING = (*get_args(PolicyName), "streams", "streams-in-all")
 
 # Clocks and levels are floats: who waited as long as told is let in, even if the sum comes out this much short.
 FORGIVEN_S = 1e-6
@@ -156,7 +158,7 @@ def _violated(name: str) -> dict[str, Any]:
 
 
 class LimitStatistics(NamedTuple):
-    """Counts of one moment. `refused` counts from the start, by policy name, `streams` and `streams-in-all`."""
+    """Counts of one moment. `refused` counts from the start, by the names in REFUSING."""
 
     buckets: int
     streams: int

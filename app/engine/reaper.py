@@ -13,11 +13,12 @@ from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 
+KINDS = ("trimmed", "removed", "unwatched", "lost", "overdue", "sessions", "buckets", "idempotency_keys")
 logger = logging.getLogger(__name__)
 
 
 class Reaper:
-    """What it reaped is logged, and counted in `reaped` by kind.
+    """What it reaped is logged, and counted in `reaped` by kind, of KINDS.
 
     trimmed       events and matches of scans past `retention_s`, or beyond `max_scans_kept`
     removed       scans past `retention_s + tombstone_s`, or beyond `max_scans_kept`

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -12,14 +12,15 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from app.core.scan import State
-from app.engine.limits import Limits
-from app.engine.reaper import Reaper
+from app.engine.limits import REFUSING, Limits
+from app.engine.reaper import KINDS, Reaper
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.push.hub import Hub
 
 LAG_EVERY_S = 0.02
+TRANSPORTS = ("event-stream", "x-ndjson", "websocket", "long-poll", "poll")
 _KEPT = 2048  # of the latest lags, for quantiles
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
@@ -91,13 +92,14 @@ class _Parts(Collector):
     def collect(self) -> Iterator[Metric]:
         log, hub, runner, sessions, limits, reaper = self._parts
         running, limited = runner.statistics(), limits.statistics()
-        states = Counter(dict.fromkeys(State, 0)) + Counter(scan.state for scan in log.list_scans())
-        yield _by("gauge", "scans", "Scans kept, by state", "state", {state: states[state] for state in State})
+        states = Counter(scan.state for scan in log.list_scans())
+        yield _by("gauge", "scans", "Scans kept, by state", "state", states, State)
         yield _gauge("queue_length", "Scans that wait for a slot", running.queued)
         yield _gauge("slots_used", "Scans that run", running.running)
         yield _gauge("slots", "Scans that may run at the same time", running.slots)
         yield _gauge("workers_busy", "Worker processes at work", running.workers_busy)
-        yield _by("gauge", "subscribers", "Open subscriptions", "transport", hub.statistics().subscribers)
+        subscribers, pushed = hub.statistics()[:2]
+        yield _by("gauge", "subscribers", "Open subscriptions", "transport", subscribers, TRANSPORTS)
         yield _gauge("channels", "Scans that somebody watches", hub.statistics().channels)
         yield _gauge("sessions", "Clients present on a scan", sessions.statistics().sessions)
         yield _gauge("streams", "Open streams that hold a place", limited.streams)
@@ -106,9 +108,9 @@ class _Parts(Collector):
         yield _gauge("journal_writable", "1 while the journal can be written", int(log.fault is None))
         yield _counter("events_appended", "Durable events committed", log.statistics().events_appended)
         yield _counter("worker_crashes", "Worker processes that died on a chunk", running.worker_crashes)
-        yield _by("counter", "events_pushed", "Events handed to a transport", "transport", hub.statistics().pushed)
-        yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused)
-        yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped)
+        yield _by("counter", "events_pushed", "Events handed to a transport", "transport", pushed, TRANSPORTS)
+        yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused, REFUSING)
+        yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped, KINDS)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -119,9 +121,10 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"scanwire_{name}", text, value=value)
 
 
-def _by(kind: str, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+def _by(kind: str, name: str, text: str, label: str, values: Mapping[Any, float], known: Iterable[str]) -> Metric:
+    """A sample for each `known` label as well, 0 without a value: no alert works on a series that comes and goes."""
     make = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
     family = make(f"scanwire_{name}", text, labels=[label])
-    for key, value in values.items():
+    for key, value in {**dict.fromkeys(known, 0), **values}.items():
         family.add_metric([str(key)], value)
     return family
