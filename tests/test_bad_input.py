@@ -95,6 +95,15 @@ async def test_a_wrong_submission_is_refused_and_names_the_field(
     assert problem["errors"][0]["field"].partition(".")[0] == field
 
 
+async def test_a_member_that_is_missing_or_unknown_is_told_in_plain_words_what_there_is(serving: Serving) -> None:
+    missing = check_problem(await serving.http.post("/v1/scans", json={}), 422, "scanner")
+    assert 'scanner: is needed, such as {"scanner":"gap-up"}' in missing["detail"]
+    unknown = check_problem(
+        await serving.http.post("/v1/scans", json={"scanner": "gap-up", "start": "x"}), 422, "start"
+    )
+    assert "there are: scanner, params, reuse, cancel_when_unwatched_s. What a scanner takes goes" in unknown["detail"]
+
+
 async def test_every_wrong_field_is_named_at_once(serving: Serving) -> None:
     body = {"scanner": "gap-up", "params": {"gap_pct_min": "much", "volume_min": -1, "nonsense": 1}}
     check_problem(await serving.http.post("/v1/scans", json=body), 422, "gap_pct_min", "volume_min", "nonsense")

@@ -241,7 +241,7 @@ def test_equal_meaning_gives_equal_parameters() -> None:
         ({"gap_pct_min": float("nan")}, "gap_pct_min", "finite"),
         ({"gap_pct_min": float("inf")}, "gap_pct_min", "finite"),
         ({"gap_pct_min": True}, "gap_pct_min", "number"),
-        ({"gap_pct_min": 0.4}, "gap_pct_min", "gap_pct_max"),
+        ({"gap_pct_min": 0.4}, "gap_pct_min", "must not be above gap_pct_max, 0.3"),
         ({"close_range_min": 7}, "close_range_min", "less than or equal to 1"),
         ({"symbols": []}, "symbols", "at least 1"),
         ({"symbols": ["A" * 30]}, "symbols", "not a symbol"),

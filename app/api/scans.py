@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -62,10 +61,7 @@ async def submit_scan(request: Request) -> Response:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise InvalidRequest('The body is not a JSON object such as {"scanner":"gap-up"}.')
-    try:
-        asked = Submission.model_validate(body)
-    except ValidationError as error:
-        raise InvalidParams.explain(error) from None
+    asked = Submission.read(body)
     scan, joined, token = await service.admission.submit(client, asked, request.headers.get("idempotency-key"))
     if not joined:
         service.limits.refund("read", client)

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Self
 
 import orjson
-from pydantic import ValidationError
 from starlette.types import Receive, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -266,10 +265,7 @@ class _Dialogue:
         if not isinstance(key, str | None):
             raise InvalidParams.of("idempotency_key", "must be text")
         self._service.limits.charge("read", self._client)
-        try:
-            asked = Submission.model_validate(command)
-        except ValidationError as error:
-            raise InvalidParams.explain(error) from None
+        asked = Submission.read(command)
         scan, joined, token = await self._service.admission.submit(self._client, asked, key)
         if not joined:
             self._service.limits.refund("read", self._client)

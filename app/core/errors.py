@@ -202,11 +202,12 @@ class InvalidParams(ScanwireError):
         return cls([{"field": field, "message": message}])
 
     @classmethod
-    def explain(cls, error: "ValidationError") -> "InvalidParams":
-        """Pydantic's findings, naming each field."""
+    def explain(cls, error: "ValidationError", words: Mapping[str, str] | None = None) -> "InvalidParams":
+        """Pydantic's findings, naming each field. `words` are used in place of its own, by the type of a finding."""
+        words = words or {}
         return cls(
             [
-                {"field": ".".join(map(str, one["loc"]))[:64] or "body", "message": one["msg"]}
+                {"field": ".".join(map(str, one["loc"]))[:64] or "body", "message": words.get(one["type"], one["msg"])}
                 for one in error.errors(include_url=False, include_context=False, include_input=False)
             ]
         )

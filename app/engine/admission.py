@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import (
     AtCapacity,
@@ -55,6 +55,19 @@ class Submission(BaseModel):
         float | None,
         Field(gt=0, le=86_400, description="cancel when the last watcher has been gone for so many seconds"),
     ] = None
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "Submission":
+        """What a client sent. Raises InvalidParams, which says what is needed and what there is."""
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            words = {
+                "missing": 'is needed, such as {"scanner":"gap-up"}; GET /v1/scanners lists the scanners',
+                "extra_forbidden": f"is not a member of a submission; there are: {', '.join(cls.model_fields)}. "
+                "What a scanner takes goes into params",
+            }
+            raise InvalidParams.explain(error, words) from None
 
 
 class Admitted(NamedTuple):

@@ -93,7 +93,9 @@ def normalise_external(raw: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return ExternalParams.model_validate(dict(raw)).model_dump(mode="json")
     except ValidationError as error:
-        raise InvalidParams.explain(error) from None
+        names = ", ".join(ExternalParams.model_fields)
+        words = {"extra_forbidden": f"is not a parameter of an external scan; there are: {names}"}
+        raise InvalidParams.explain(error, words) from None
 
 
 # What becomes of it

@@ -51,7 +51,7 @@ class GapUpParams(LiquidParams):
     @model_validator(mode="after")
     def _check_gap(self) -> "GapUpParams":
         if self.gap_pct_min > self.gap_pct_max:
-            raise ValueError("gap_pct_min: must not be above gap_pct_max")
+            raise ValueError(f"gap_pct_min: must not be above gap_pct_max, {self.gap_pct_max:g}")
         return self
 
 
@@ -131,9 +131,9 @@ class SurgeParams(LiquidParams):
     @model_validator(mode="after")
     def _check_bounds(self) -> "SurgeParams":
         if self.change_pct_min > self.change_pct_max:
-            raise ValueError("change_pct_min: must not be above change_pct_max")
+            raise ValueError(f"change_pct_min: must not be above change_pct_max, {self.change_pct_max:g}")
         if self.vol_ratio_min > self.vol_ratio_max:
-            raise ValueError("vol_ratio_min: must not be above vol_ratio_max")
+            raise ValueError(f"vol_ratio_min: must not be above vol_ratio_max, {self.vol_ratio_max:g}")
         return self
 
 
