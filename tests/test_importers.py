@@ -130,6 +130,12 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path: Path, content: 
     assert str(tmp_path) not in refusal.value.detail
 
 
+def test_a_directory_is_refused_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PricesError, match=r"^\. is a directory; name the files"):
+        import_files([Path(".")])
+
+
 def test_the_real_table_survives_csv_and_import_but_for_its_dirt(real_prices: Path, tmp_path: Path) -> None:
     pl.read_parquet(real_prices).rename({"symbol": "Name"}).write_csv(tmp_path / "all.csv")
     imported = import_files([tmp_path / "all.csv"])

@@ -50,8 +50,9 @@ def test_the_data_version_follows_the_content(tmp_path: Path) -> None:
     [
         (None, "There is no price file prices.parquet"),
         (b"", "is empty"),
-        (b"symbol,date\nA,2020-01-01\n", "cannot be read as Parquet"),
-        (b"PAR1", "cannot be read as Parquet"),
+        (b"symbol,date\nA,2020-01-01\n", "it is CSV. Run `scanwire data import prices.parquet`, and serve"),
+        (b"PAR1,", "cannot be read as Parquet: it is damaged"),
+        (b"no prices", "cannot be read as Parquet: it is damaged"),
     ],
 )
 def test_a_file_that_is_missing_empty_or_not_parquet_is_refused(

@@ -133,6 +133,8 @@ def _read_columns(path: Path) -> pl.DataFrame:
         content = path.read_bytes()
     except FileNotFoundError:
         raise PricesError(f"There is no file {path.name}.") from None
+    except IsADirectoryError:
+        raise PricesError(f"{path.name or path} is a directory; name the files that are to be imported.") from None
     except OSError as error:
         raise PricesError(f"The file {path.name} cannot be read: {error.strerror or 'the disk failed'}.") from None
     if content[:2] == b"\x1f\x8b":

@@ -97,7 +97,7 @@ def open_store(path: Path) -> Store:
     """
     stamp = read_stamp(path)
     if not path.is_file():
-        raise PricesError(f"{path.name} is not a file. {HINT}")
+        raise PricesError(f"{path.name or path} is not a file. {HINT}")
     if not path.stat().st_size:
         raise PricesError(f"The price file {path.name} is empty. {HINT}")
     try:
@@ -126,7 +126,22 @@ def open_store(path: Path) -> Store:
 def _unreadable(path: Path, error: BaseException) -> PricesError:
     if isinstance(error, PermissionError):
         return PricesError(f"The price file {path.name} may not be read by this user.")
+    if _is_csv(path):
+        advice = f"Run `scanwire data import {path.name}`, and serve the price file that this makes."
+        return PricesError(f"The price file {path.name} cannot be read as Parquet: it is CSV. {advice}")
     return PricesError(f"The price file {path.name} cannot be read as Parquet: it is damaged or cut off. {HINT}")
+
+
+def _is_csv(path: Path) -> bool:
+    """Whether it looks like a table in text, or has such a name and is packed."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    if head[:4] == b"PAR1" or b"\0" in head:
+        return head[:2] == b"\x1f\x8b" and ".csv" in path.suffixes
+    return any(mark in head.partition(b"\n")[0] for mark in b",;\t|")
 
 
 def _check_schema(path: Path) -> None:
