@@ -23,20 +23,21 @@ STATE_CODES = {"completed": COMPLETED, "cancelled": CANCELLED}
 EXTERNAL = "external"
 EXIT_CODES = (
     "Exit codes: 0 completed · 1 the scan failed or was lost · 2 wrong usage, or the server refused · "
-    "3 no server can be reached · 4 the scan was cancelled · 130 Ctrl-C."
+    "3 no server can be reached · 4 the scan was cancelled · 130 Ctrl-C · 141 the reader of a pipe left."
 )
+ENVIRONMENT = "The environment variable SCANWIRE_API_KEY is the key for a server that asks for one."
 
 app = typer.Typer(
     name="scanwire",
     help="Runs long scans and pushes what they find.",
-    epilog=EXIT_CODES,
+    epilog=f"{EXIT_CODES}\n\n{ENVIRONMENT}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
 
-Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server.")]
+Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server. " + ENVIRONMENT)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for pipes.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="TCP port to serve on.")]
 
@@ -286,8 +287,8 @@ def _call(run: "Callable[[Client, list[str]], Coroutine[Any, Any, int]]", url: s
             _say(f"\n{'The scan goes' if len(watching) == 1 else 'The scans go'} on. Come back with: {back}")
         return INTERRUPTED
     except RequestRefused as error:
-        wait = "" if error.retry_after_s is None else f" Try again in {error.retry_after_s:,.0f} s."
-        _say(f"Refused: {error}{wait}")
+        is_told = error.retry_after_s is None or "Try again in" in str(error)
+        _say(f"Refused: {error}" + ("" if is_told else f" Try again in {error.retry_after_s:,.0f} s."))
         return REFUSED
     except CommandFailed as error:
         _say(str(error))
@@ -319,9 +320,8 @@ def _find_scanner(known: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
             return scanner
     names = [scanner["name"] for scanner in known]
     near = difflib.get_close_matches(name, names, n=1)
-    raise CommandFailed(
-        f"There is no scanner {name!r}; {f'did you mean {near[0]}? ' if near else ''}There are: {', '.join(names)}."
-    )
+    advice = f"did you mean {near[0]}? There" if near else "there"
+    raise CommandFailed(f"There is no scanner {name!r}; {advice} are: {', '.join(names)}.")
 
 
 async def _watch(client: "Client", ids: Sequence[str], as_json: bool, names: dict[str, str]) -> int:

@@ -232,8 +232,8 @@ async def test_on_a_terminal_the_scan_is_drawn_in_place(serving: Serving) -> Non
 
 
 async def test_scanners_are_told_with_their_parameters(serving: Serving) -> None:
-    cases: tuple[tuple[str, ...], ...] = ((), ("gap-up",), ("gap-up", "--json"), ("gapup",))
-    every, one, as_json, wrong = await asyncio.gather(
+    cases: tuple[tuple[str, ...], ...] = ((), ("gap-up",), ("gap-up", "--json"), ("gapup",), ("nope",))
+    every, one, as_json, wrong, none = await asyncio.gather(
         *(run("scanners", *words, "--url", serving.url) for words in cases)
     )
     assert "volume-surge" in every.out
@@ -241,7 +241,8 @@ async def test_scanners_are_told_with_their_parameters(serving: Serving) -> None
     assert line.split()[1:3] == ["0.05", "0.02"]
     assert "[a number from -1 to 100]" in line
     assert json.loads(as_json.out)["name"] == "gap-up"
-    assert (wrong.code, "did you mean gap-up?" in wrong.err) == (2, True)
+    assert (wrong.code, "did you mean gap-up? There are: " in wrong.err) == (2, True)
+    assert (none.code, "no scanner 'nope'; there are: gap-up, " in none.err) == (2, True)
 
 
 # Without a server
@@ -256,6 +257,8 @@ async def test_the_command_loads_little() -> None:
 async def test_exit_codes_are_in_the_help() -> None:
     for ended in await asyncio.gather(run("--help"), run("scan", "--help"), run("watch", "--help")):
         assert "3 no server" in " ".join(ended.out.split())
+        assert "141" in ended.out
+        assert "SCANWIRE_API_KEY" in ended.out
 
 
 async def test_a_new_key_fits_its_setting() -> None:
@@ -289,6 +292,13 @@ async def test_prices_are_imported_and_rejected_rows_told(tmp_path: Path) -> Non
     assert "symbols  1: AA\n" in info.out
     missing = await run("data", "import", str(tmp_path / "none.csv"), SCANWIRE_STATE_DIR=str(tmp_path))
     assert (missing.code, "There is no file none.csv" in missing.err) == (2, True)
+
+
+async def test_a_refusal_tells_once_how_long_to_wait(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices, submit_per_min=1) as serving:
+        endings = [await run("scan", "gap-up", "--fresh", "--detach", "--url", serving.url) for _ in range(2)]
+    assert [ended.code for ended in endings] == [0, 2]
+    assert endings[1].err.count("Try again in") == 1
 
 
 async def test_hints_can_be_typed_as_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

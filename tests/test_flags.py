@@ -44,6 +44,8 @@ def test_flags_become_parameters_of_the_right_type(scanner: str, words: str, par
         ("gap-up", "--gap-pct-min", "needs a value: a number from -1 to 100"),
         ("gap-up", "--gap-pct-min --jsn", "needs a value"),
         ("gap-up", "--jsn", "Did you mean --json"),
+        ("gap-up", "--nope 3", "no parameter --nope. There are --adv20-min-usd, --close-range-min, --end,"),
+        ("gap-up", "--presett 3", "Did you mean --preset?"),
         ("gap-up", "stray", "'stray' is not expected here"),
         ("gap-up", "-x", "'-x' is not expected here"),
         ("gap-up", "--no-gap-pct-min", "no parameter --no-gap-pct-min"),
@@ -54,7 +56,7 @@ def test_flags_become_parameters_of_the_right_type(scanner: str, words: str, par
 )
 def test_what_does_not_fit_is_told_with_what_would(scanner: str, words: str, says: str) -> None:
     with pytest.raises(CommandFailed) as caught:
-        read_flags(words.split(), get_schema(scanner), ["--json", "--url"])
+        read_flags(words.split(), get_schema(scanner), ["--json", "--url", "--preset", "--end"])
     assert says in str(caught.value)
 
 

@@ -133,7 +133,7 @@ def _to_name(flag: str) -> str:
 
 
 def _explain_unknown(flag: str, known: Iterable[str]) -> str:
-    choices = sorted(known)
-    near = difflib.get_close_matches(flag, choices, n=3, cutoff=0.5)
-    advice = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(choices)}."
+    choices = {choice.removeprefix("--"): choice for choice in sorted(known)}
+    near = [choices[name] for name in difflib.get_close_matches(flag.removeprefix("--"), choices, n=3, cutoff=0.6)]
+    advice = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(choices.values())}."
     return f"This scanner has no parameter {flag}. {advice}"
