@@ -403,6 +403,25 @@ async def test_a_restart_goes_on_from_the_checkpoints_and_loses_and_doubles_noth
         assert (await engine.finish(waiting)).state is State.COMPLETED
 
 
+async def test_the_time_of_a_scan_counts_over_a_restart_and_says_nothing_of_the_rate(
+    tmp_path: Path, sample_prices: Path, gate: Gate
+) -> None:
+    async with running(tmp_path, sample_prices) as engine:
+        scan = await engine.submit(gate=str(gate.path))
+        await engine.until_running(scan)
+    gate.open()
+    restarted = Engine(tmp_path, sample_prices)
+    restarted.now += 60
+    async with restarted.run() as engine:
+        scan = await engine.finish(scan)
+        assert scan.end is not None
+        assert (scan.attempt, scan.end["elapsed_s"], engine.runner.rows_per_s) == (2, 60.0, None)
+        fresh = await engine.finish(await engine.submit("gap-up"))
+        assert fresh.end is not None
+        assert 0 < fresh.end["elapsed_s"] < 60
+        assert engine.runner.rows_per_s is not None
+
+
 async def test_a_scan_whose_prices_changed_over_a_restart_is_lost_with_the_reason(
     tmp_path: Path, sample_prices: Path, synthetic_prices: Path, gate: Gate
 ) -> None:

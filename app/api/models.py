@@ -159,7 +159,7 @@ class End(Wire):
     digest: Annotated[
         str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 over the rows as JSON with sorted keys, one a line")
     ]
-    elapsed_s: Annotated[float, Field(ge=0)]
+    elapsed_s: Annotated[float, Field(ge=0, description="since its first start, over restarts of the server too")]
     skipped: list[Skipped]
     skipped_symbols: Annotated[int, Field(ge=0, description="how many there are, those not listed too")]
     error: Annotated[Problem | None, Field(description="why it failed or was lost")]

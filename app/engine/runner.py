@@ -252,8 +252,9 @@ class Runner:
 
     async def _end(self, run: Run, state: State, error: ScanwireError | None = None) -> None:
         await self._take_up(run)  # one that a restart found may come to its end without another run
-        elapsed_s = 0.0 if run.started is None else self._clock() - run.started
-        if state is State.COMPLETED and run.started is not None and elapsed_s > 0:
+        elapsed_s = self._measure_elapsed(run)
+        # One that a restart took up read a part of its rows only, and has been waiting.
+        if state is State.COMPLETED and run.attempt == 1 and elapsed_s > 0:
             rate = run.cost_rows / elapsed_s
             self.rows_per_s = rate if self.rows_per_s is None else 0.7 * self.rows_per_s + 0.3 * rate
         skipped = [{"symbol": symbol, "reason": "; ".join(reasons)} for symbol, reasons in run.skipped.items()]
@@ -270,14 +271,15 @@ class Runner:
         )
         with contextlib.suppress(WrongState, JournalUnavailable):
             await self._log.append(run.scan_id, (EventType.END, data))
-        logger.info(
-            "scan %s after %.2f s, %d matches",
-            state,
-            elapsed_s,
-            run.kept,
-            extra={"action": "scan_ended", "scan": run.scan_id, "state": state},
-        )
+        fields = {"action": "scan_ended", "scan": run.scan_id, "state": state}
+        logger.info("scan %s after %.2f s, %d matches", state, elapsed_s, run.kept, extra=fields)
         self.finished(run.scan_id)
+
+    def _measure_elapsed(self, run: Run) -> float:
+        """Seconds since the scan first started, over restarts of the service too; 0 for one that never did."""
+        if run.attempt > 1 and (started_ts := self._log.get(run.scan_id).started_ts) is not None:
+            return max(0.0, (self._log.now_ms() - started_ts) / 1000)
+        return 0.0 if run.started is None else self._clock() - run.started
 
     async def _work(self, run: Run) -> None:
         run.started = self._clock()
