@@ -281,6 +281,13 @@ async def test_without_operator_keys_operations_are_open_on_the_own_machine_alon
     check_problem(await ask("/v1/operations"), 403, "SCANWIRE_OPERATOR_KEYS")
 
 
+async def test_an_ordinary_key_is_no_operators_even_on_the_own_machine() -> None:
+    settings = {"api_keys": KEYS["api_keys"]}
+    refused = await ask("/v1/operations", peer="127.0.0.1", settings=settings, x_api_key=KEY)
+    check_problem(refused, 403, "operator key", "SCANWIRE_OPERATOR_KEYS")
+    check_problem(await ask("/v1/operations", peer="127.0.0.1", settings=settings), 401)
+
+
 @pytest.mark.parametrize("field", ["x_forwarded_for", "x_real_ip", "forwarded", "via"])
 async def test_a_proxy_on_the_own_machine_is_no_operator(field: str) -> None:
     for settings in ({}, {"trusted_proxies": "127.0.0.0/8"}):

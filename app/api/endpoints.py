@@ -336,7 +336,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             path="/v1/operations",
             handler=operations.get_operations,
             summary="All counts, and what is active",
-            text="Needs an operator key; where none is configured, it is open to the server's own machine.",
+            text="Needs an operator key; where no keys are configured at all, it is open to the server's own machine.",
             answers={200: Answer(text="As of now.", content={JSON: operations.Operations})},
             refusals=(Forbidden,),
             needs_operator=True,

@@ -91,8 +91,8 @@ class Security:
     - **Key**: with `api_keys` set, one is necessary everywhere but on /, /static, /healthz and /readyz (401), where
       keys are not looked at. If any key is set, a wrong one is refused rather than ignored. It travels as
       `Authorization: Bearer KEY`, `X-API-Key: KEY` or, for WebSockets, as one more subprotocol `scanwire.key.KEY`.
-    - **/v1/operations** needs an operator key (403). When no operator key is set, it is open to a loopback peer
-      that asks by a loopback name and does not come through a proxy.
+    - **/v1/operations** needs an operator key (403). When no key at all is set, it is open to a loopback peer that
+      asks by a loopback name and does not come through a proxy.
 
     `own_token(method, path)` is True where the endpoint checks a bearer token of its own, such as a producer's: there
     no API key is asked for, and a bearer token that is no API key is passed on.
@@ -217,6 +217,8 @@ class Security:
         if self._has_operator_keys:
             if key is None or not key.is_operator:
                 raise Forbidden("This needs an operator key.")
+        elif self._is_key_necessary:
+            raise Forbidden("This needs an operator key, and none is set: add one to SCANWIRE_OPERATOR_KEYS.")
         elif not _is_loopback(scope, fields):
             raise Forbidden(
                 "This is open on the server's own machine alone; set SCANWIRE_OPERATOR_KEYS to open it to others."
