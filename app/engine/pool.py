@@ -1,6 +1,7 @@
 """The worker processes: what runs in them cannot hold up the event loop, and can be killed."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -39,8 +40,11 @@ class Pool:
         Raises BrokenWorkerProcess when the process dies.
         """
         async with self._calls:
-            # anyio forgets a process that is cancelled while it starts; so it is let to start, and kept for the next.
-            await asyncio.shield(to_process.run_sync(os.getpid, limiter=self._processes))
+            for _ in range(self._size * 2):
+                with contextlib.suppress(BrokenWorkerProcess):  # it had died before: not this caller's fault
+                    # anyio forgets a process that is cancelled while it starts; so it is let to start, and kept.
+                    await asyncio.shield(to_process.run_sync(os.getpid, limiter=self._processes))
+                    break
             try:
                 return await to_process.run_sync(function, *args, cancellable=True, limiter=self._processes)
             except (KeyboardInterrupt, SystemExit) as leaving:  # the worker's, sent on to here
