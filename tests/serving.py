@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ class Serving:
         return (await self.http.get(f"/v1/scans/{scan_id}")).json()
 
 
+@dataclass(frozen=True, slots=True)
+class Tls:
+    certificate: Path
+    key: Path
+
+    def make_context(self) -> ssl.SSLContext:
+        """What a client needs to trust this server."""
+        return ssl.create_default_context(cafile=self.certificate)
+
+
 def find_state(app: Any) -> Any:
     """The state of the Starlette application that is wrapped in there."""
     while not isinstance(app, Starlette):
@@ -70,14 +81,24 @@ def find_state(app: Any) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator[Serving]:
-    """Serves until the block is left, then stops in an orderly way."""
+async def serve(
+    state_dir: Path, prices: Path, *, send_buffer: int | None = None, tls: Tls | None = None, **settings: Any
+) -> AsyncIterator[Serving]:
+    """Serves until the block is left, then stops in an orderly way.
+
+    With `send_buffer` the kernel holds no more than about so many bytes for each peer, so that one which stops reading
+    is noticed soon.
+    """
     app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)))
     state = find_state(app)
     with socket.socket() as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        protocols: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
+        options: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
+        if tls is not None:
+            options |= {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
         config = uvicorn.Config(
             app,
             lifespan="on",
@@ -85,7 +106,7 @@ async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator
             ws_per_message_deflate=False,
             ws_ping_interval=None,
             timeout_graceful_shutdown=5,
-            **protocols,
+            **options,
         )
         server = uvicorn.Server(config)
         with contextlib.ExitStack() as stack:
@@ -100,7 +121,8 @@ async def serve(state_dir: Path, prices: Path, **settings: Any) -> AsyncIterator
                             raise RuntimeError("the server did not start")
                         await asyncio.sleep(0.01)
                 limits = httpx.Limits(max_connections=500)
-                async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as http:
+                verify = True if tls is None else tls.make_context()
+                async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30, verify=verify) as http:
                     yield Serving(url, state.service, http)
             finally:
                 if server.started:

@@ -208,7 +208,7 @@ async def test_every_good_answer_is_as_documented(serving: Serving) -> None:
 
 
 async def test_every_refusal_is_as_documented(tmp_path: Path, prices: Path) -> None:
-    bounds = {"submit_per_min": 1, "read_burst": 20, "read_per_s": 0.01, "max_body_bytes": 1000}
+    bounds: dict[str, Any] = {"submit_per_min": 1, "read_burst": 20, "read_per_s": 0.01, "max_body_bytes": 1000}
     async with serve(tmp_path, prices, connect_burst=1, connect_per_s=0.01, **bounds) as serving:
         http, scan = serving.http, "/v1/scans/{id}"
         body = {"scanner": "gap-up"}

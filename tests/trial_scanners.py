@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +19,10 @@ class GateParams(MarketParams):
 
 class CrashParams(GateParams):
     marker: str | None = Field(None, description="a file; once it is there, nothing crashes any more")
+
+
+class LeavingParams(MarketParams):
+    interrupts: bool = Field(False, description="leave as if by Ctrl-C, rather than by sys.exit()")
 
 
 def _is_meant(frame: pl.DataFrame, params: GateParams) -> bool:
@@ -46,6 +51,13 @@ def find_raising(prices: Prices, params: GateParams) -> pl.DataFrame:
     raise RuntimeError("/secret/path of the server")
 
 
+def find_leaving(prices: Prices, params: LeavingParams) -> pl.DataFrame:
+    """A library that thinks it is the program."""
+    if params.interrupts:
+        raise KeyboardInterrupt
+    sys.exit("nothing to do")
+
+
 def find_everything(prices: Prices, params: GateParams) -> pl.DataFrame:
     """Every row is a match."""
     return prices.with_features([]).select("symbol", "date")
@@ -58,6 +70,7 @@ def _make(name: str, find: object, params: type[MarketParams] = GateParams) -> S
 GATED = _make("trial-gated", find_gated)
 CRASHING = _make("trial-crashing", find_crashing, CrashParams)
 RAISING = _make("trial-raising", find_raising)
+LEAVING = _make("trial-leaving", find_leaving, LeavingParams)
 EVERYTHING = _make("trial-everything", find_everything)
 BROKEN = "not a scanner at all"
 
@@ -65,6 +78,7 @@ ENTRY_POINTS = """[scanwire.scanners]
 gated = tests.trial_scanners:GATED
 crashing = tests.trial_scanners:CRASHING
 raising = tests.trial_scanners:RAISING
+leaving = tests.trial_scanners:LEAVING
 everything = tests.trial_scanners:EVERYTHING
 broken = tests.trial_scanners:BROKEN
 missing = tests.no_such_module:SCANNER
