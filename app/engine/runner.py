@@ -84,6 +84,7 @@ class Runner:
         self._group = asyncio.TaskGroup()
         self.pool = Pool(settings.workers)
         self._chores: set[asyncio.Task[None]] = set()
+        self._runs: set[asyncio.Task[None]] = set()  # those that have a slot, and those that write their end
         self.rows_per_s: float | None = None  # price rows read, over the latest scans
         self.finished: Callable[[str], None] = lambda scan_id: None
 
@@ -94,7 +95,7 @@ class Runner:
     async def __aexit__(self, *error: Any) -> None:
         self._is_stopping = True
         # What they appended becomes durable all the same, if the journal can be written.
-        for task in [*self._chores, *(run.task for run in self._running.values() if run.task is not None)]:
+        for task in [*self._chores, *self._runs]:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
         await self._group.__aexit__(*error)
@@ -145,6 +146,8 @@ class Runner:
             run = self._queue.popleft()
             self._running[run.scan_id] = run
             run.task = self._group.create_task(self._run(run))
+            self._runs.add(run.task)
+            run.task.add_done_callback(self._runs.discard)
         if any(run.is_accepted and run.position != place for place, run in enumerate(self._queue, 1)):
             self._do(self._tell_positions())
 
@@ -269,8 +272,9 @@ class Runner:
             skipped_symbols=len(skipped),
             error=None if error is None else error.to_problem(),
         )
-        with contextlib.suppress(WrongState, JournalUnavailable):
-            await self._log.append(run.scan_id, (EventType.END, data))
+        with contextlib.suppress(WrongState, JournalUnavailable, TimeoutError):
+            async with asyncio.timeout(self._settings.commit_wait_s if self._is_stopping else None):
+                await self._log.append(run.scan_id, (EventType.END, data))
         fields = {"action": "scan_ended", "scan": run.scan_id, "state": state}
         logger.info("scan %s after %.2f s, %d matches", state, elapsed_s, run.kept, extra=fields)
         self.finished(run.scan_id)
