@@ -1,4 +1,4 @@
-"""Rules of running scans: slots, queue, turns, crashes, cancel, deadline, single-flight, restart, reaping."""
+"""Rules of running scans: slots, queue, turns, crashes, deadline, restart, reaping."""
 
 import asyncio
 import itertools
@@ -13,10 +13,7 @@ import pytest
 
 from app.core.errors import (
     AtCapacity,
-    Conflict,
     Draining,
-    Forbidden,
-    InvalidParams,
     JournalUnavailable,
     RateLimited,
 )
@@ -234,26 +231,6 @@ async def test_heavy_scans_have_a_bucket_of_their_own_and_a_refusal_gives_the_su
         await engine.submit("gap-up", symbols=["AAPL"])
 
 
-async def test_the_same_question_is_answered_by_one_scan(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
-    async with running(tmp_path, sample_prices, reuse_s=60) as engine:
-        same: dict[str, Any] = {"scanner": "trial-gated", "reuse": "auto", "gate": str(gate.path)}
-        scans = await asyncio.gather(*(engine.submit(**same, client=f"c{number}") for number in range(5)))
-        assert len({scan.id for scan in scans}) == 1
-        assert (await engine.submit(**same | {"symbols": ["AAPL"]})).id != scans[0].id
-        gate.open()
-        await engine.finish(scans[0])
-        assert (await engine.submit(**same)).id == scans[0].id
-        engine.now += 61
-        assert (await engine.submit(**same)).id != scans[0].id
-
-
-async def test_a_scan_that_did_not_complete_is_not_joined(tmp_path: Path, sample_prices: Path) -> None:
-    async with running(tmp_path, sample_prices) as engine:
-        scan = await engine.finish(await engine.submit("trial-raising", reuse="auto"))
-        assert scan.state is State.FAILED
-        assert (await engine.submit("trial-raising", reuse="auto")).id != scan.id
-
-
 async def test_a_symbol_that_nothing_looks_like_is_answered_with_those_there_are(
     tmp_path: Path, sample_prices: Path, synthetic_prices: Path
 ) -> None:
@@ -265,69 +242,6 @@ async def test_a_symbol_that_nothing_looks_like_is_answered_with_those_there_are
     async with running(tmp_path / "many", synthetic_prices) as engine:
         with pytest.raises(InvalidParams, match=r"there are 100, such as SYN00000, SYN00001, .*, SYN00007$"):
             await engine.submit("gap-up", symbols=["ZZZZ"])
-
-
-async def test_a_repeated_post_with_the_same_key_runs_once(tmp_path: Path, sample_prices: Path) -> None:
-    async with running(tmp_path, sample_prices) as engine:
-        scans = await asyncio.gather(*(engine.submit(key="k1") for _ in range(3)))
-        assert len({scan.id for scan in scans}) == 1
-        assert (await engine.submit(key="k1", client="you")).id != scans[0].id
-        with pytest.raises(Conflict):
-            await engine.submit("gap-up", key="k1")
-        with pytest.raises(InvalidParams):
-            await engine.submit(key="k" * 300)
-    async with running(tmp_path, sample_prices) as engine:
-        assert (await engine.submit(key="k1")).id == scans[0].id
-
-
-async def test_cancel_kills_the_work_keeps_the_matches_and_gives_the_slot_back(
-    tmp_path: Path, sample_prices: Path, gate: Gate
-) -> None:
-    async with running(tmp_path, sample_prices, max_running=1) as engine:
-        scan = await engine.submit(gate=str(gate.path), only_symbol="IBM")
-        waiting = await engine.submit("gap-up")
-        await engine.until(lambda: engine.log.get(scan.id).matches == 3)
-        await engine.admission.cancel("me", scan.id)
-        scan = await engine.finish(scan)
-        types = [event.type for event in await engine.events(scan)]
-        assert types[-2:] == [EventType.CANCELLING, EventType.END]
-        assert (scan.state, scan.matches, len(await engine.rows(scan))) == (State.CANCELLED, 3, 3)
-        assert (await engine.finish(waiting)).state is State.COMPLETED
-        assert engine.is_at_rest()
-
-
-async def test_cancelling_a_queued_scan_moves_the_others_up(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
-    async with running(tmp_path, sample_prices, max_running=1) as engine:
-        scans = [await engine.submit(gate=str(gate.path)) for _ in range(3)]
-        assert (await engine.admission.cancel("me", scans[1].id)).state is State.CANCELLED
-        await engine.until(lambda: engine.log.get(scans[2].id).position == 1)
-        gate.open()
-        await engine.finish(scans[2])
-
-
-async def test_cancelling_a_finished_scan_answers_its_final_state(tmp_path: Path, sample_prices: Path) -> None:
-    async with running(tmp_path, sample_prices) as engine:
-        scan = await engine.finish(await engine.submit("gap-up"))
-        assert await engine.admission.cancel("me", scan.id) == scan
-        assert (await engine.events(scan))[-1].type is EventType.END
-
-
-async def test_cancelling_twice_is_cancelling_once(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
-    async with running(tmp_path, sample_prices) as engine:
-        scan = await engine.submit(gate=str(gate.path))
-        await engine.until_running(scan)
-        await asyncio.gather(*(engine.admission.cancel("me", scan.id) for _ in range(3)))
-        await engine.finish(scan)
-        assert [event.type for event in await engine.events(scan)].count(EventType.CANCELLING) == 1
-
-
-async def test_only_its_client_may_cancel_a_scan(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
-    async with running(tmp_path, sample_prices) as engine:
-        scan = await engine.submit(gate=str(gate.path))
-        with pytest.raises(Forbidden):
-            await engine.admission.cancel("you", scan.id)
-        gate.open()
-        assert (await engine.finish(scan)).state is State.COMPLETED
 
 
 async def test_a_scan_past_its_deadline_fails_and_gives_its_slot_back(
