@@ -1,0 +1,104 @@
+"""Stand-ins that do what the test says and when: a journal without threads, and a wire without a peer."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from app.core.event import Event, EventType
+from app.log.eventlog import EventLog
+from app.log.journal import Checkpoint, Kept, Write
+from app.push.frames import Framing
+
+EPOCH = "fake"
+
+
+class MemoryJournal:
+    """Commits at once, one write at a time."""
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+        self._events: dict[str, list[Event]] = {}
+
+    def open(self, committed: Callable[[Sequence[Write]], None]) -> Kept:
+        self._committed = committed
+        return Kept(EPOCH, 0, [])
+
+    def submit(self, write: Write) -> None:
+        events = self._events.setdefault(write.scan.id, [])
+        if write.trims:
+            events[:] = [event for event in events if event.type is EventType.END]
+        events += write.events
+        self._committed([write])
+
+    def read(self, scan: str, after: int, max_bytes: int) -> list[Event]:
+        events = self._events[scan]
+        page: list[Event] = []
+        for event in events[bisect_right(events, after, key=lambda event: event.n or 0) :]:
+            if page and sum(len(one.json) for one in page) + len(event.json) > max_bytes:
+                break
+            page.append(event)
+        return page
+
+    def read_checkpoints(self, scan: str) -> list[Checkpoint]:
+        return []
+
+    def close(self) -> Sequence[Write]:
+        return ()
+
+
+class TurnedThreads:
+    """In place of `anyio.to_thread`: the work is done on the event loop, a turn later, so that runs can be repeated."""
+
+    @staticmethod
+    async def run_sync(function: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(0)
+        return function(*args)
+
+
+class FakeWire:
+    """Keeps what is written; is behind when the test says so."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.is_ready = False
+        self.is_blocked = False
+        self.is_finished = False
+        self.heartbeats = 0
+        self._drained: Callable[[], None] | None = None
+
+    def open(self, drained: Callable[[], None]) -> None:
+        self._drained, self.is_ready = drained, not self.is_blocked
+
+    def write(self, data: bytes) -> None:
+        assert self.is_ready
+        self.written.append(data)
+
+    def beat(self, heartbeat: bytes) -> None:
+        self.heartbeats += 1
+
+    def finish(self) -> None:
+        self._drained, self.is_ready, self.is_finished = None, False, True
+
+    def abort(self) -> None:
+        raise AssertionError("aborted")
+
+    def block(self) -> None:
+        self.is_blocked, self.is_ready = True, False
+
+    def unblock(self) -> None:
+        self.is_blocked = False
+        if self._drained is not None:
+            self.is_ready = True
+            self._drained()
+
+
+def frame_line(event: Event) -> bytes:
+    return event.json + b"\n"
+
+
+PLAIN = Framing("plain", frame_line, bytes, b"")
+
+
+def make_log(memory_bytes: int = 2**20) -> EventLog:
+    return EventLog(MemoryJournal(), now_ms=lambda: 1000, memory_bytes=memory_bytes, progress_per_s=1e9)
