@@ -133,6 +133,19 @@ async def test_a_body_that_cannot_be_read_is_refused(serving: Serving, content: 
     check_problem(answer, answer.status_code)
 
 
+@pytest.mark.parametrize("depth", [300, 900, 1100])
+async def test_parameters_nested_too_deeply_are_refused_over_http_and_websocket(serving: Serving, depth: int) -> None:
+    """The JSON library reads 1024 levels and writes 254, so what could be read could not be hashed."""
+    params = '"scanner":"gap-up","params":{"gap_pct_min":' + "[" * depth + "]" * depth + "}}"
+    headers = {"Content-Type": "application/json"}
+    answer = await serving.http.post("/v1/scans", content="{" + params, headers=headers)
+    assert answer.status_code in (400, 422)
+    check_problem(answer, answer.status_code)
+    async with open_socket(serving) as socket:
+        assert (await ask(socket, '{"op":"submit",' + params))["error"]["status"] == answer.status_code
+        assert (await ask(socket, '{"op":"ping"}'))["ok"] is True
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_over_64_kib_is_refused(serving: Serving, chunked: bool) -> None:
     body = b'{"scanner":"gap-up","params":{"where":"' + b"x" * 70_000 + b'"}}'
@@ -372,3 +385,14 @@ async def test_commands_over_the_websocket_do_what_they_do_over_http(serving: Se
         joined = await ask(socket, json.dumps({"op": "submit", "scanner": "gap-up", "ref": 3, "idempotency_key": "w1"}))
         assert joined["ok"] is True
         assert (await ask(socket, json.dumps({"op": "unsubscribe", "scan": finished, "ref": 4})))["ok"] is True
+
+
+async def test_a_reply_that_is_ready_while_events_are_sent_goes_out(serving: Serving, finished: str) -> None:
+    """Its wake-up came between the reading of a batch and the wait for the next one, and was lost."""
+    for _ in range(40):
+        async with open_socket(serving) as socket, asyncio.timeout(10):
+            await socket.send(json.dumps({"op": "subscribe", "scan": finished, "ref": "s"}))
+            await socket.send('{"op":"ping","ref":"p"}')
+            awaited = {"s", "p"}
+            while awaited:
+                awaited.discard(json.loads(await socket.recv()).get("ref"))

@@ -252,6 +252,45 @@ async def test_what_could_not_be_written_before_the_close_says_so(tmp_path: Path
         await log.append("s_test", QUEUED)
 
 
+class HaltingJournal(SqliteJournal):
+    """Cannot write matches; all else it can."""
+
+    def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
+        if any(event.type is EventType.MATCHES for write in writes for event in write.events):
+            raise sqlite3.OperationalError("database is locked")
+        super()._commit(connection, writes)
+
+
+async def test_nothing_is_written_behind_what_could_not_be(tmp_path: Path) -> None:
+    async with open_log(tmp_path, journal=HaltingJournal(tmp_path / "journal.db")) as log:
+        log.create(make_scan())
+        await log.append("s_test", QUEUED, STARTED)
+        lost = [asyncio.create_task(log.append("s_test", found(1)))]
+        await until(lambda: log.fault)
+        lost.append(asyncio.create_task(log.append("s_test", CANCELLING)))
+        await asyncio.sleep(0)
+    for task in lost:
+        with pytest.raises(JournalUnavailable):
+            await task
+    async with open_log(tmp_path) as log:
+        assert [event.seq for event in await log.read("s_test", 0)] == [1, 2]
+        assert (log.get("s_test").seq, log.get("s_test").state) == (2, State.RUNNING)
+
+
+async def test_scans_that_are_active_are_in_memory_after_a_restart_and_finished_ones_are_not(tmp_path: Path) -> None:
+    async with open_log(tmp_path) as log:
+        for name in ("s_active", "s_finished"):
+            log.create(make_scan(name))
+            await log.append(name, QUEUED, STARTED, *[found(3)] * 300)
+        await log.append("s_finished", ended(State.COMPLETED))
+    async with open_log(tmp_path) as log:
+        events = log.read_nowait("s_active", 0, 2**30)
+        assert [event.seq for event in events or ()] == list(range(1, 303))
+        assert log.read_nowait("s_finished", 0) is None
+        await log.append("s_active", found(1))
+        assert [event.seq for event in log.read_nowait("s_active", events[-1].n or 0) or ()] == [303]  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     "content", [b"not a database at all, but some text that is long enough", b"SQLite format 3\0cut"]
 )

@@ -137,6 +137,51 @@ async def test_a_cursor_from_before_what_is_kept_is_told_so(tmp_path: Path) -> N
         assert await collect(Hub(log), "s_a", cursor=Cursor(log.epoch, 5)) == []
 
 
+async def test_a_reader_that_retention_overtakes_is_told_so_and_gets_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, what was trimmed while it was read just did not come."""
+    monkeypatch.setattr(reader_module, "READ_BYTES", 100)
+    async with open_log(tmp_path) as log:
+        await add_scan(log, "s_a", *WHOLE)
+        with Hub(log).pull("test") as subscriber:
+            subscriber.watch("s_a", None)
+            first = await subscriber.read()
+            assert [event.seq for event in first] == [1]
+            await log.trim("s_a")
+            rest = [event async for batch in subscriber.batches() for event in batch]
+    assert [event.type for event in rest] == [EventType.RESET, EventType.END]
+    assert rest[0].load_data()["reason"] == "trimmed"
+
+
+async def test_reading_many_finished_scans_reads_the_journal_about_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round read a page of every scan and gave one page in all; the rest was read again in the next round."""
+    monkeypatch.setattr(reader_module, "READ_BYTES", 10_000)
+    names = [f"s_{number}" for number in range(20)]
+    async with open_log(tmp_path, memory_bytes=0) as log:
+        for name in names:
+            await add_scan(log, name, QUEUED, STARTED)
+        for _ in range(10):
+            for name in names:
+                await log.append(name, found(10))
+        for name in names:
+            await log.append(name, ended(State.COMPLETED))
+        read = log._journal.read
+        taken: list[Event] = []
+
+        def count(scan: str, after: int, max_bytes: int) -> list[Event]:
+            page = read(scan, after, max_bytes)
+            taken.extend(page)
+            return page
+
+        monkeypatch.setattr(log._journal, "read", count)
+        events = await collect(Hub(log), *names)
+    assert [event.n for event in events] == list(range(1, 13 * 20 + 1))
+    assert len(taken) <= 2 * len(events)
+
+
 async def test_a_scan_that_is_reaped_while_it_is_watched_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     async with open_log(tmp_path) as log:
         await add_scan(log, "s_a", QUEUED, ended(State.LOST))
