@@ -113,6 +113,8 @@ class Reader:
     async def fetch(self) -> None:
         """Reads what `read_nowait` lacks from the journal."""
         for scan_id, watch in list(self.watches.items()):
+            if watch.page and (watch.page[-1].n or 0) > watch.after:
+                continue  # its turn has not come yet
             with contextlib.suppress(UnknownScan):
                 if self._log.read_nowait(scan_id, watch.after) is None:
                     watch.page = await self._log.read(scan_id, watch.after, self._page_bytes)
