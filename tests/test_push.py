@@ -161,13 +161,8 @@ async def test_reading_many_finished_scans_reads_the_journal_about_once(
     monkeypatch.setattr(reader_module, "READ_BYTES", 10_000)
     names = [f"s_{number}" for number in range(20)]
     async with open_log(tmp_path, memory_bytes=0) as log:
-        for name in names:
-            await add_scan(log, name, QUEUED, STARTED)
-        for _ in range(10):
-            for name in names:
-                await log.append(name, found(10))
-        for name in names:
-            await log.append(name, ended(State.COMPLETED))
+        for name in names:  # one after the other, as most are; the pages of the later ones wait for their turn
+            await add_scan(log, name, QUEUED, STARTED, *[found(10)] * 10, ended(State.COMPLETED))
         read = log._journal.read
         taken: list[Event] = []
 
