@@ -168,6 +168,8 @@ class Pushing(RuleBasedStateMachine):
             self.call(self.log.create, make_scan(name))
             self.append_part(name, QUEUED)
             self.append_part(name, STARTED)
+            for _ in range(8):  # with small pages, whoever joins is behind for some turns
+                self.append_part(name, found(1))
         self.turn(3)
 
     async def make_hub(self) -> Hub:
