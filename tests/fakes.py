@@ -24,12 +24,13 @@ class MemoryJournal:
         self._committed = committed
         return Kept(EPOCH, 0, [])
 
-    def submit(self, write: Write) -> None:
-        events = self._events.setdefault(write.scan.id, [])
-        if write.trims:
-            events[:] = [event for event in events if event.type is EventType.END]
-        events += write.events
-        self._committed([write])
+    def submit(self, writes: Sequence[Write]) -> None:
+        for write in writes:
+            events = self._events.setdefault(write.scan.id, [])
+            if write.trims:
+                events[:] = [event for event in events if event.type is EventType.END]
+            events += write.events
+            self._committed([write])
 
     def read(self, scan: str, after: int, max_bytes: int) -> list[Event]:
         events = self._events[scan]
@@ -53,7 +54,10 @@ class TurnedThreads:
     @staticmethod
     async def run_sync(function: Callable[..., Any], *args: Any) -> Any:
         await asyncio.sleep(0)
-        return function(*args)
+        result = function(*args)
+        # A real thread's result comes through the loop as well, behind whatever was committed before it was read.
+        await asyncio.sleep(0)
+        return result
 
 
 class FakeWire:

@@ -14,6 +14,7 @@ import pytest
 from app.core.errors import (
     AtCapacity,
     Draining,
+    InvalidParams,
     JournalUnavailable,
     RateLimited,
 )

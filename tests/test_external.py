@@ -28,7 +28,7 @@ ROW = {"city": "Oslo", "population": 717_710, "area_km2": 480.75, "is_capital": 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> AsyncIterator[Serving]:
-    bounds = {"max_row_bytes": 1000, "max_matches": 1000, "max_events_per_request": 2000}
+    bounds: dict[str, Any] = {"max_row_bytes": 1000, "max_matches": 1000, "max_events_per_request": 2000}
     async with serve(tmp_path_factory.mktemp("state"), sample_prices, **bounds) as serving:
         yield serving
 

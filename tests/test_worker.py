@@ -39,15 +39,15 @@ async def test_a_worker_that_is_left_counts_as_dead_and_the_next_call_is_served(
 ) -> None:
     async with running(tmp_path, sample_prices, workers=1) as engine:
         with pytest.raises(BrokenWorkerProcess):
-            await engine.runner.call_worker(sys.exit, 3)
-        assert await engine.runner.call_worker(abs, -1) == 1
+            await engine.runner.pool.call(sys.exit, 3)
+        assert await engine.runner.pool.call(abs, -1) == 1
 
 
 async def test_ctrl_c_is_the_servers_business_and_not_the_workers(tmp_path: Path, sample_prices: Path) -> None:
     async with running(tmp_path, sample_prices, workers=1) as engine:
-        pid = await engine.runner.call_worker(warm_up)
+        pid = await engine.runner.pool.call(warm_up)
         os.kill(pid, signal.SIGINT)
-        assert await engine.runner.call_worker(os.getpid) == pid
+        assert await engine.runner.pool.call(os.getpid) == pid
 
 
 def count_workers() -> int:
@@ -73,7 +73,7 @@ async def test_scans_cancelled_while_their_workers_start_leave_no_process_behind
             await engine.until_running(scan)
             await engine.runner.cancel(scan.id, "someone who changed his mind")
             assert (await engine.finish(scan)).state is State.CANCELLED
-        await engine.runner.warm_up()
+        await engine.runner.pool.warm_up()
         assert 1 <= count_workers() - before <= 2
 
 
@@ -85,7 +85,7 @@ async def test_match_rows_are_json_when_they_come_from_a_worker_however_many(
     make_synthetic(prices, symbols=200, days=500, seed=7)
     results: list[ChunkResult] = []
     async with running(tmp_path, prices, chunk_rows=25_000, max_matches=100_000) as engine:
-        call_worker = engine.runner.call_worker
+        call_worker = engine.runner.pool.call
 
         async def call_noting(function: Any, *args: Any) -> Any:
             result = await call_worker(function, *args)
@@ -96,7 +96,7 @@ async def test_match_rows_are_json_when_they_come_from_a_worker_however_many(
             raise AssertionError("rows were turned into JSON in the process of the event loop")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.runner, "call_worker", call_noting)
+            patch.setattr(engine.runner.pool, "call", call_noting)
             patch.setattr(runner_module, "pack_rows", refuse)
             patch.setattr("app.core.scan.canonical_row", refuse)
             scan = await engine.finish(await engine.submit("trial-everything"))
