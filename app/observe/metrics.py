@@ -19,7 +19,7 @@ from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.push.hub import Hub
 
-LAG_EVERY_S = 0.02
+LAG_EVERY_S = 0.05
 TRANSPORTS = ("event-stream", "x-ndjson", "websocket", "long-poll", "poll")
 _KEPT = 2048  # of the latest lags, for quantiles
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)

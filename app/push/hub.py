@@ -18,7 +18,7 @@ from app.push.subscriber import Pusher, Subscriber, Wire
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
 SLICE = 32  # subscribers that are written to before the clock is looked at
 SLICE_S = 0.004  # then others on the loop have their turn
-REST = 3  # after a flush, the next one waits for so many times as long as it took, up to `batch_max_ms`
+REST = 1  # after a flush, the next one waits for as long as that took, up to `batch_max_ms`
 
 
 class Channel:

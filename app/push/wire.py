@@ -2,7 +2,7 @@
 
 Pass the classes to uvicorn as `http=` and `ws=`. They offer the ASGI scope extension `scanwire.wire`, a `Connection`:
 
-- `write` hands ready frames to the socket at once, in one system call;
+- `write` hands ready frames to the transport, which under uvloop is one system call;
 - `is_ready` is False while the transport holds more than `high_water_bytes`, and `drained` is called when it has
   drained; a peer that keeps it from draining for `stall_s` is aborted;
 - `rest` is what goes on after the application has returned. A stream waits there for its end, and all the layers of
@@ -13,7 +13,6 @@ of versions in pyproject.toml is the one that was tested.
 """
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -43,14 +42,13 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     # Slots, since a connection has one attribute less than makes its dictionary a kilobyte larger.
-    __slots__ = ("_app", "_bounds", "_drained", "_fd", "_is_behind", "_send", "_stalling", "is_ready", "rest")
+    __slots__ = ("_app", "_bounds", "_drained", "_is_behind", "_send", "_stalling", "is_ready", "rest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._app, self.app = self.app, self._serve
         self._send: Send  # of the request that is being served
         self._bounds: Bounds = self.app_state[EXTENSION]
-        self._fd = -1  # of the socket; stays -1 under TLS
         self._drained: Callable[[], None] | None = None  # of the stream that is open
         self._is_behind = False
         self._stalling: asyncio.TimerHandle | None = None
@@ -60,8 +58,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=self._bounds.high_water_bytes)
-        if transport.get_extra_info("sslcontext") is None:
-            self._fd = transport.get_extra_info("socket").fileno()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         extensions = scope.setdefault("extensions", {})
@@ -89,22 +85,8 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Hands over ready frames, whole and in order; never waits. Nothing happens when the peer is gone."""
-        transport = self.transport
-        if transport.is_closing():
-            return
-        if self._fd >= 0 and not transport.get_write_buffer_size():
-            # What `transport.write` does as well, at three quarters of its cost.
-            try:
-                sent = os.write(self._fd, data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # the peer has reset the connection
-                transport.abort()
-                return
-            if sent == len(data):
-                return
-            data = data[sent:]
-        transport.write(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def beat(self, heartbeat: bytes) -> None:
         self.write(heartbeat)
@@ -145,7 +127,6 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch_stall()
-        self._fd = -1  # the number may be another connection's soon
         self.finish()
         super().connection_lost(exc)
 
