@@ -128,7 +128,7 @@ class Production:
             body = orjson.dumps(events)
         except orjson.JSONEncodeError as error:
             raise TypeError(f"What is posted must be JSON: {error}") from None
-        state = next((event["state"] for event in events if event.get("type") == "end"), None)
+        state = next((event.get("state") for event in events if event.get("type") == "end"), None)
         async with self._lock:
             if self._unsure is not None:
                 try:

@@ -351,3 +351,24 @@ def test_a_reader_at_any_cursor_gets_exactly_what_a_list_would_give(
                 assert got == [entry for entry in oracle if entry[0] > after and entry[1] == name]
 
     asyncio.run(run())
+
+
+async def test_a_scan_that_is_removed_twice_hides_nothing_that_was_committed_with_it(tmp_path: Path) -> None:
+    async with open_log(tmp_path) as log:
+        for name in ("s_a", "s_b"):
+            log.create(make_scan(name))
+        await log.append("s_a", QUEUED, ended(State.LOST))
+        await asyncio.gather(log.remove("s_a"), log.remove("s_a"), log.append("s_b", QUEUED))
+        assert (log.find("s_a"), log.get("s_b").seq) == (None, 1)
+
+
+async def test_a_write_without_events_wakes_nobody(tmp_path: Path) -> None:
+    async with open_log(tmp_path) as log:
+        log.create(make_scan())
+        await log.append("s_test", QUEUED, STARTED)
+        told: list[str] = []
+        log.listen(told.append)
+        await log.append("s_test", checkpoint=Checkpoint(chunk=0))
+        assert told == []
+        await log.append("s_test", found(1))
+        assert told == ["s_test"]

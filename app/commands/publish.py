@@ -15,7 +15,7 @@ from app.client import Client, Production, RequestRefused
 MAX_LINE_BYTES = 512 * 1024
 READ_BYTES = 64 * 1024
 STDIN = 0
-BATCH_LINES = 2000  # in one request
+BATCH_COUNT = 4000  # lines, and rows in them, in one request
 BATCH_BYTES = 512 * 1024
 AHEAD_CHUNKS = 16  # that are read before the server has taken what came before
 EVENT_TYPES = ("progress", "matches", "end")
@@ -127,13 +127,15 @@ class Publisher:
 
     async def _post_all(self, lines: list[Line]) -> None:
         part: list[Line] = []
-        size = 0
+        size = count = 0
         for line in lines:
-            if part and (len(part) >= BATCH_LINES or size + line.size > BATCH_BYTES):
+            rows = line.event.get("rows")
+            weight = 1 + (len(rows) if isinstance(rows, list) else 0)  # what the server counts
+            if part and (count + weight > BATCH_COUNT or size + line.size > BATCH_BYTES):
                 await self._post(part)
-                part, size = [], 0
+                part, size, count = [], 0, 0
             part.append(line)
-            size += line.size
+            size, count = size + line.size, count + weight
             if line.event["type"] == "end":  # what comes behind it is not looked at
                 break
         if part:

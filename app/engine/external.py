@@ -235,7 +235,10 @@ class Producers:
                 )
             if work is not None:
                 work.heard = self._clock()
-            return await self._settle(scan_id)
+            settled = await self._settle(scan_id)
+            if work is not None:
+                self._publish(work)  # whoever accepted it may not have waited for the journal
+            return settled
         if work is None or work.ended is not None:
             state = scan.state if work is None or work.ended is None else work.ended
             raise Conflict(f"The scan has ended as {state}; nothing more can come.", state=state)

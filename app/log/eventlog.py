@@ -191,6 +191,8 @@ class EventLog:
         """Forgets all events of a finished scan but its end."""
         log = self._find(scan_id)
         log.tip = replace(log.tip, is_trimmed=True)
+        if log.events is None:
+            log.shown = log.tip  # first: a reader must not find the journal trimmed and take it for whole
         await self._write(Write(scan=log.tip, trims=True))
 
     async def remove(self, scan_id: str) -> None:
@@ -200,7 +202,11 @@ class EventLog:
 
     def _show(self, writes: Sequence[Write]) -> None:
         for write in writes:
-            log = self._logs[write.scan.id]
+            log = self._logs.get(write.scan.id)
+            if log is None:  # removed again by one who did not wait for the first time
+                if not (waiting := self._waiting.pop(id(write))).done():
+                    waiting.set_result(write.scan)
+                continue
             log.shown = write.scan
             if log.accepted is not None and not log.accepted.done():
                 log.accepted.set_result(write.scan)
@@ -220,7 +226,8 @@ class EventLog:
             waiting = self._waiting.pop(id(write))
             if not waiting.done():
                 waiting.set_result(write.scan)
-            self._tell(write.scan.id)
+            if write.events or write.trims or write.removes:
+                self._tell(write.scan.id)
 
     def _keep_in_memory(self, scan_id: str, log: _ScanLog) -> None:
         self._finished[scan_id] = log.size

@@ -147,6 +147,7 @@ class Hub:
                 yield
         if frames and events:
             self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
+        yield
 
     # Subscribers
 

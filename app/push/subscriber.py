@@ -121,4 +121,5 @@ class Pusher(Subscriber):
     def __exit__(self, *_: object) -> None:
         if self._reading is not None:
             self._reading.cancel()
+        self._ends = False  # the wire may be another's by now
         super().__exit__()

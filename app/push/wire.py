@@ -82,6 +82,13 @@ class Connection(asyncio.Protocol):
     def finish(self) -> None:
         """The stream is over: what was written still goes out."""
         self._drained, self.is_ready = None, False
+        if not self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self.loop.call_later(self._bounds.stall_s, self._abort_if_closing)
+
+    def _abort_if_closing(self) -> None:
+        """A peer that reads nothing must not keep a closed connection for ever, however little is left for it."""
+        if self.transport.is_closing():
+            self.transport.abort()
 
     def write(self, data: bytes) -> None:
         """Hands over ready frames, whole and in order; never waits. Nothing happens when the peer is gone."""
@@ -189,6 +196,18 @@ class WebSocketConnection(Connection, WebSocketsSansIOProtocol):
         if self._drained is not None:
             self.queue.put_nowait({"type": FINISH})  # type: ignore[misc, arg-type]
         super().finish()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if not self.read_paused:  # else the pongs to a peer that does not read have no bound
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self.transport.resume_reading()
 
     async def until_ready(self) -> None:
         """Returns when the transport takes more."""
