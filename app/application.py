@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 STATIC = next(
     path for path in (Path(__file__).parent / "static", Path(__file__).parents[1] / "static") if path.is_dir()
 )
+# A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
+GC_THRESHOLDS = (50_000, 20, 50)
 SAMPLE_NAME = "sample.parquet"
 
 
@@ -145,6 +147,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             # What was loaded to start lives as long as the service: the collector need not look at it again.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
             endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag())
             timers = [asyncio.create_task(work) for work in endless]
             try:
