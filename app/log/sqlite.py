@@ -90,7 +90,9 @@ class SqliteJournal:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             first = f"INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(3)}'), ('last_n', 0);"
-            connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            )
         elif version != SCHEMA_VERSION:
             raise JournalUnavailable(
                 f"The journal {self.path} has format {version}; this Scanwire reads format {SCHEMA_VERSION}. "
