@@ -23,6 +23,7 @@ from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
+from app.api.shortcuts import Shortcuts
 from app.core.settings import Settings
 from app.engine.admission import Admission
 from app.engine.external import Producers
@@ -80,7 +81,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
-    return protect(app, settings, external.has_own_token, lambda security: polling.PlainPolls(security, app))
+    return protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:

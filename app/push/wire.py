@@ -166,6 +166,11 @@ class HttpConnection(Connection, HttpToolsProtocol):
         self.write(b"\r\n".join((*fields, b"content-length: %d" % len(problem), b"", problem)))
         self.transport.close()
 
+    def take_body(self) -> bytes | None:
+        """The body of the request that is being served, if all of it is here."""
+        cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
+        return None if cycle.more_body else bytes(cycle.body)
+
     def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
