@@ -6,7 +6,9 @@ import gc
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from ipaddress import ip_network
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from app.api import external, operations, polling, scans, sse, websocket
+from app.api.addresses import make_counting
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
 from app.api.security import protect
@@ -36,8 +39,8 @@ from app.log.eventlog import EventLog
 from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.metrics import Metrics
+from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
-from app.push.wire import EXTENSION, Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +157,11 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             try:
                 with _on_stop_signal(drain):
                     logger.info("ready", extra={"action": "ready"})
-                    yield {EXTENSION: Bounds(settings.high_water_bytes, settings.stall_s)}
+                    yield {
+                        EXTENSION: Bounds(
+                            settings, make_counting(tuple(map(ip_network, settings.trusted_proxies))), Counter()
+                        )
+                    }
                 drain()
             finally:
                 for timer in timers:
