@@ -150,7 +150,8 @@ async def test_a_body_that_nobody_reads_and_that_never_comes_is_waited_for_only_
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         await peer.ask("/v1/scans/s_a/events", SSE, "Content-Length: 5", body=b"one")
         assert (await peer.read_head())[0].split()[1] == b"200"
-        await peer.read_rest()  # the end comes
+        async with asyncio.timeout(10):
+            await peer.read_rest()  # the end comes
         await until(lambda: not any(count_held(serving)))
 
 
