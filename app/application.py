@@ -39,6 +39,7 @@ from app.log.lock import StateLock
 from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.metrics import Metrics
+from app.observe.watchdog import Watchdog
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
 
@@ -114,6 +115,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     settings: Settings = app.state.settings
     now_ms = make_clock_ms()
     metrics = Metrics()
+    watchdog = Watchdog(settings.block_report_ms / 1000)
     journal = SqliteJournal(settings.state_dir / "journal.db")
     log = EventLog(
         journal,
@@ -140,7 +142,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=time.monotonic)
             reaper = Reaper(settings, log, runner, producers, admission, sessions, limits)
             runner.finished = producers.finished = sessions.forget
-            metrics.watch(log, hub, runner, sessions, limits, reaper)
+            metrics.watch(log, hub, runner, sessions, limits, reaper, watchdog)
             app.state.service = Service(
                 settings=settings,
                 store=store,
@@ -159,10 +161,10 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
-            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag())
+            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag(watchdog))
             timers = [asyncio.create_task(work) for work in endless]
             try:
-                with Drain(settings, journal.lock, admission, runner, hub).at_signals():
+                with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():
                     logger.info("ready", extra={"action": "ready"})
                     yield {
                         EXTENSION: Bounds(
