@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STREAMS_PER_S = 200  # that are ended; fewer streams than that for each second of `drain_s` are done sooner
 BACK_S = 1.0  # at the least, over which those who were sent away come back
+ENDING_S = 0.5  # that the process takes to end when everybody has left, about
 TAKEOVER_BACK_S = (0.2, 1.0)  # first and last, when a successor waits
 LAST_S = 1.0  # beyond `drain_s`, for answers that are under way
 
@@ -82,34 +83,33 @@ class Drain:
         ends = time.monotonic() + self._drain_s
         is_wanted = self._lock.is_wanted()
         streams = sum(self._hub.statistics().subscribers.values())
-        over_s = 0.0 if is_wanted else min(self._drain_s, streams / STREAMS_PER_S)
-        first_s, last_s = TAKEOVER_BACK_S if is_wanted else (0.0, min(self._drain_s, max(over_s, BACK_S)))
+        over_s = 0.0 if is_wanted else min(max(self._drain_s - ENDING_S, 0), streams / STREAMS_PER_S)
+        back_s = (ENDING_S, min(self._drain_s, max(over_s + ENDING_S, BACK_S)))
+        first_s, last_s = TAKEOVER_BACK_S if is_wanted else back_s
         fields = {"streams": streams, "running": self._runner.statistics().running, "is_takeover": is_wanted}
         logger.info("draining", extra={"action": "draining", **fields})
         self._admission.is_draining = True
         if is_wanted:
             self._admission.back_s = last_s
-
-        async def part() -> None:
-            if is_wanted:
-                await self._runner.drain()
-            await self._hub.part(over_s, first_s, last_s)
-
-        going = [asyncio.create_task(work) for work in (self._runner.drain(), part())]
+        resting = asyncio.create_task(self._runner.drain())
         hurried = asyncio.create_task(self._hurried.wait())
-        everything = asyncio.gather(*going, return_exceptions=True)
-        await asyncio.wait((everything, hurried), timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*going, hurried):
+
+        async def wait(work: asyncio.Task[None], until: float) -> None:
+            timeout_s = max(until - time.monotonic(), 0)
+            await asyncio.wait((work, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+        await wait(resting, ends - ENDING_S - over_s)  # what is found until then is pushed yet
+        parting = asyncio.create_task(self._hub.part(over_s, first_s, last_s))
+        await wait(parting, ends)
+        await wait(resting, ends)
+        for task in (resting, parting, hurried):
             task.cancel()
-        results = await everything
-        for result in results:
+        for result in await asyncio.gather(resting, parting, return_exceptions=True):
             if isinstance(result, Exception):
                 logger.error("the drain is cut short", exc_info=result, extra={"action": "drain_failed"})
-        if not all(task.done() and not task.cancelled() for task in going):
-            # The time is over: whoever is still here leaves now.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_S / 4):
-                    await self._hub.part(0, first_s, last_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_S / 4):
+                await self._hub.part(0, first_s, last_s)  # whoever is still here
         self._hand_on(number, max(ends - time.monotonic(), 0) + LAST_S)
 
     def _hand_on(self, number: int, within_s: float) -> None:

@@ -244,6 +244,9 @@ class Hub:
             await self._emptied.wait()
 
     def _say_bye(self, subscriber: Subscriber, farewell: Farewell) -> None:
+        if subscriber.is_leaving:
+            return
+        subscriber.is_leaving = True
         first_s = max(farewell.ends - time.monotonic(), 0) + farewell.first_s
         wait_ms = int(1000 * random.uniform(first_s, max(first_s, farewell.last_s)))
         subscriber.close(make_event(EventType.BYE, "", 0, {"reconnect_ms": wait_ms}, self._log.now_ms()))
