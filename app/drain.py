@@ -49,6 +49,7 @@ class Drain:
         self._hub = hub
         self._previous: dict[int, Any] = {}  # handlers, by signal
         self._draining: asyncio.Task[None] | None = None
+        self._breaking: asyncio.Task[None] | None = None
         self._hurried = asyncio.Event()
         self._is_handed_on = False
 
@@ -76,8 +77,8 @@ class Drain:
             self._draining = asyncio.create_task(self._drain(number))
         elif number == signal.SIGINT:
             self._hurried.set()
-            if self._is_handed_on:
-                self._break_off()
+            if self._is_handed_on and self._breaking is None:
+                self._breaking = asyncio.create_task(self._break_off())
 
     async def _drain(self, number: int) -> None:
         ends = time.monotonic() + self._drain_s
@@ -128,14 +129,18 @@ class Drain:
             signal.signal(number, earlier)
             signal.raise_signal(number)
 
-    def _break_off(self) -> None:
+    async def _break_off(self) -> None:
         """Ends what the server still waits for; so it comes to the end of the lifespan, and the journal is closed."""
         server = _find_server(self._previous.get(signal.SIGINT))
-        if server is not None:
-            for connection in list(server.server_state.connections):
-                connection.transport.abort()
-            for task in list(server.server_state.tasks):
-                task.cancel()
+        if server is None:
+            return
+        tasks = list(server.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_S / 4)  # first: they cannot write to a transport that is gone
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
 
 
 def _find_server(handler: Any) -> uvicorn.Server | None:

@@ -270,6 +270,41 @@ async def test_a_scan_that_is_cancelled_while_the_server_drains_is_cancelled_by_
         assert (await http.get(f"/v1/scans/{hung}")).json()["state"] == "completed"
 
 
+async def test_a_second_ctrl_c_also_ends_what_the_server_itself_waits_for(
+    tmp_path: Path, synthetic_prices: Path
+) -> None:
+    port = find_port()
+    async with started(port, make_environment(tmp_path, synthetic_prices, drain_s=30)) as server:
+        much = await submit(server, "trial-everything")
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            await http.get(f"/v1/scans/{much}/events", headers={"Accept": "application/x-ndjson"})
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        for _ in range(20):  # a client that asks for much and takes nothing
+            writer.write(f"GET /v1/scans/{much}/matches HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        await reader.readexactly(1)
+        server.process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            while await is_listening(port):  # noqa: ASYNC110 - until the server's own stop has begun
+                await asyncio.sleep(0.01)
+        assert server.process.returncode is None
+        server.process.send_signal(signal.SIGINT)
+        code, seconds = await server.ended()
+        writer.close()
+        assert code == 0
+        assert seconds < 2
+        assert '"stopped"' in server.said[-1]
+    _read_checkpoints(tmp_path, much)
+
+
+async def is_listening(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
+
+
 @pytest.mark.usefixtures("trial_scanners")
 async def test_a_scan_whose_watchers_the_server_sent_away_is_not_cancelled_for_want_of_them(
     tmp_path: Path, sample_prices: Path, gate: Gate
