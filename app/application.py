@@ -24,7 +24,7 @@ from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
 from app.api.shortcuts import Shortcuts
-from app.core.settings import Settings
+from app.core.settings import JOURNAL_NAME, Settings
 from app.engine.admission import Admission
 from app.engine.external import Producers
 from app.engine.limits import Limits
@@ -105,7 +105,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     now_ms = make_clock_ms()
     metrics = Metrics()
     log = EventLog(
-        SqliteJournal(settings.state_dir / "journal.db"),
+        SqliteJournal(settings.state_dir / JOURNAL_NAME, settings.durability),
         now_ms=now_ms,
         memory_bytes=settings.log_memory_bytes,
         progress_per_s=settings.progress_per_s,
