@@ -9,7 +9,7 @@ import typer
 from app.commands.datasets import refusing, working
 
 if TYPE_CHECKING:
-    from app.log.salvage import Salvaged
+    from app.log.mending import Salvaged
 
 DAMAGED = 1
 SHOWN_PROBLEMS = 20

@@ -18,8 +18,9 @@ from app.core.scan import Producer, Scan, State, digest_rows, make_end
 from app.log.check import check_journal
 from app.log.eventlog import EventLog
 from app.log.journal import Checkpoint
+from app.log.mending import Salvaged
 from app.log.pages import Pages
-from app.log.salvage import Salvaged, salvage_journal
+from app.log.salvage import salvage_journal
 from tests.test_cli import find_port, run
 from tests.test_log import open_log
 from tests.test_scan import QUEUED, make_scan
