@@ -37,17 +37,16 @@ def started(scan: Scan) -> tuple[EventType, dict[str, Any]]:
 
 
 async def find(log: EventLog, scan_id: str, chunks: int, rows: int = len(ROWS)) -> None:
-    """Appends the matches of so many chunks, the last of which finds nothing."""
-    for chunk in range(chunks - 1):
+    """Appends the matches of so many chunks."""
+    for chunk in range(chunks):
         part = (EventType.MATCHES, {"chunk": chunk, "rows": ROWS[:rows]})
         await log.append(scan_id, part, checkpoint=Checkpoint(chunk=chunk, found=rows))
-    await log.append(scan_id, checkpoint=Checkpoint(chunk=chunks - 1))
 
 
 async def finish(log: EventLog, scan_id: str, chunks: int, rows: int = len(ROWS)) -> None:
     await find(log, scan_id, chunks, rows)
-    matches = (chunks - 1) * rows
-    digest = digest_rows(ROWS[:rows] * (chunks - 1))
+    matches = chunks * rows
+    digest = digest_rows(ROWS[:rows] * chunks)
     last_seq = log.next_seq(scan_id)
     end = make_end(State.COMPLETED, matches=matches, found=matches, last_seq=last_seq, digest=digest, elapsed_s=1)
     await log.append(scan_id, (EventType.END, end))
@@ -56,7 +55,7 @@ async def finish(log: EventLog, scan_id: str, chunks: int, rows: int = len(ROWS)
 async def fill(path: Path) -> None:
     """A journal with scans of every kind, in a few dozen pages."""
     async with open_log(path) as log:
-        names = ["s_small", "s_large", "s_running", "s_queued", "s_trimmed"]
+        names = ["s_small", "s_large", "s_running", "s_late", "s_queued", "s_trimmed"]
         for name in names:
             scan = make_scan(name)
             log.create(scan)
@@ -66,9 +65,12 @@ async def fill(path: Path) -> None:
         await log.append("s_outside", started(outside))
         matches = (EventType.MATCHES, {"chunk": 0, "rows": ROWS})
         await log.append("s_outside", matches, producer=Producer(token_hash="0" * 64, seq=1, found=len(ROWS)))
-        await finish(log, "s_trimmed", 3)
+        await finish(log, "s_trimmed", 2)
         await log.trim("s_trimmed")
-        await asyncio.gather(finish(log, "s_small", 4, 3), finish(log, "s_large", 12), find(log, "s_running", 8))
+        await asyncio.gather(finish(log, "s_small", 3, 3), finish(log, "s_large", 11), find(log, "s_running", 7))
+        # A chunk that finds nothing writes the record, which knows of all events then; "s_late" ends with matches.
+        await log.append("s_running", checkpoint=Checkpoint(chunk=7))
+        await find(log, "s_late", 5)
 
 
 class Kept(NamedTuple):
@@ -177,7 +179,7 @@ async def test_a_digit_that_fell_over_is_found_by_the_digest_and_the_end_is_kept
         "scan s_large: its rows are not the ones that it found: their digest differs"
     ]
     salvaged = salvage_journal(path, NOW_MS, DATE)
-    assert (salvaged.trimmed, salvaged.whole, salvaged.is_epoch_kept) == (1, 5, False)
+    assert (salvaged.trimmed, salvaged.whole, salvaged.is_epoch_kept) == (1, 6, False)
     after = await read(tmp_path)
     assert [event.type for event in after.events["s_large"]] == [EventType.END]
 
@@ -229,13 +231,13 @@ async def test_what_is_in_the_write_ahead_log_alone_is_salvaged_too(tmp_path: Pa
         for file in ("journal.db", "journal.db-wal"):
             shutil.copy(tmp_path / "live" / file, killed / file)
     path = killed / "journal.db"
-    assert [type(row.values[5]) for row in Pages(path).rows() if len(row.values) == 7] == [int] * 4
+    assert [type(row.values[5]) for row in Pages(path).rows() if len(row.values) == 7] == [int] * 5
     spoil(path, 1, seed=1)
     salvaged = salvage_journal(path, NOW_MS, DATE)
-    assert (salvaged.whole, salvaged.events) == (1, 4)
+    assert (salvaged.whole, salvaged.events) == (1, 5)
     assert (killed / f"journal-damaged-{DATE}.db-wal").exists()
     async with open_log(killed) as log:
-        assert (log.get("s_early").seq, len(await log.read_checkpoints("s_early"))) == (4, 3)
+        assert (log.get("s_early").seq, len(await log.read_checkpoints("s_early"))) == (5, 3)
 
 
 async def test_a_damaged_journal_stops_the_start_and_the_commands_say_what_is_wrong_and_put_it_right(
@@ -245,9 +247,9 @@ async def test_a_damaged_journal_stops_the_start_and_the_commands_say_what_is_wr
     environment = {"SCANWIRE_STATE_DIR": str(tmp_path), "SCANWIRE_PRICES": str(sample_prices)}
     ended = await run("journal", "check", **environment)
     assert ended.code == 0
-    assert f"{path} is whole: 6 scans, 33 events." in ended.out
+    assert f"{path} is whole: 7 scans, 40 events." in ended.out
     assert "nothing to salvage" in (await run("journal", "salvage", **environment)).out
-    spoil_first(path, "s_running")
+    spoil_first(path, '"scan":"s_large","seq":9')  # of a finished scan: a start has no need of it
     ended = await run("serve", "--port", str(find_port()), **environment)
     assert ended.code == 2
     for words in ("is damaged", f"journal check --state-dir {tmp_path}", f"journal salvage --state-dir {tmp_path}"):
@@ -258,7 +260,7 @@ async def test_a_damaged_journal_stops_the_start_and_the_commands_say_what_is_wr
     assert f"journal salvage --state-dir {tmp_path}" in ended.out
     ended = await run("journal", "salvage", "--state-dir", str(tmp_path))
     assert ended.code == 0
-    assert "unfinished scans, ended as lost" in ended.out
+    assert "        1 finished scans with their end alone" in ended.out
     assert "new epoch" in ended.out
     (aside,) = (name for name in os.listdir(tmp_path) if "-damaged-" in name)
     assert aside in ended.out

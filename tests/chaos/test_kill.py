@@ -141,7 +141,9 @@ class Watch:
         self.subscribers = [Subscriber(server.url, next(ids), next(kinds), self._note) for _ in range(SUBSCRIBERS)]
         self.tasks = [asyncio.create_task(subscriber.run()) for subscriber in self.subscribers]
         self._known_n: int | None = None  # None until the first restart
-        self.told = asyncio.Event()  # something that nobody had before the last start
+        self.told = asyncio.Event()  # something that nobody had before the last start, or all that there is
+        for task in self.tasks:
+            task.add_done_callback(lambda _: self.told.set())
         self.back_s: list[float] = []  # from each start to that
 
     def _note(self, subscriber: Subscriber) -> None:
@@ -177,13 +179,11 @@ async def watch_some(watch: Watch, dice: random.Random) -> None:
     if dice.random() < 0.25:
         await asyncio.sleep(dice.uniform(0, 1.2))
         return
-    done = asyncio.gather(*watch.tasks)
-    telling = asyncio.create_task(watch.told.wait())
-    async with asyncio.timeout(30):
-        await asyncio.wait({done, telling}, return_when=asyncio.FIRST_COMPLETED)
-    telling.cancel()
-    if done.done():
-        done.result()
+    async with asyncio.timeout(120):  # how soon is asked at the end
+        await watch.told.wait()
+    for task in watch.tasks:
+        if task.done():
+            task.result()
     await asyncio.sleep(dice.uniform(0, 0.8))
 
 
