@@ -28,7 +28,6 @@ class Findings:
 
     scans: int = 0
     events: int = 0
-    last_n: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -75,7 +74,6 @@ def _find_problems(connection: sqlite3.Connection, findings: Findings) -> Iterat
     if not isinstance(epoch, str) or not isinstance(last_n, int):
         yield "Its epoch or its last number is missing."
         return
-    findings.last_n = last_n
     records: dict[str, Scan] = {}
     for id, record in connection.execute("SELECT id, record FROM scans"):
         try:
