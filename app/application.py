@@ -25,7 +25,7 @@ from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
 from app.api.shortcuts import Shortcuts
-from app.core.settings import Settings
+from app.core.settings import JOURNAL_NAME, Settings
 from app.drain import Drain
 from app.engine.admission import Admission
 from app.engine.external import Producers
@@ -116,7 +116,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     now_ms = make_clock_ms()
     metrics = Metrics()
     watchdog = Watchdog(settings.block_report_ms / 1000)
-    journal = SqliteJournal(settings.state_dir / "journal.db")
+    journal = SqliteJournal(settings.state_dir / JOURNAL_NAME, settings.durability)
     log = EventLog(
         journal,
         now_ms=now_ms,

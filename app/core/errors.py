@@ -27,7 +27,8 @@
     │   ├── ScannerError
     │   ├── PricesChanged
     │   ├── ProducerFailed
-    │   └── ProducerLost
+    │   ├── ProducerLost
+    │   └── EventsLost
     ├── PricesError                      a price file that cannot be used
     └── WrongState                       a bug: a state change that the design forbids
 
@@ -281,6 +282,11 @@ class ProducerFailed(ScanFailed):
 class ProducerLost(ScanFailed):
     type = "urn:scanwire:problem:producer-lost"
     title = "The producer was silent for too long"
+
+
+class EventsLost(ScanFailed):
+    type = "urn:scanwire:problem:events-lost"
+    title = "Events of the scan were lost with a damaged journal"
 
 
 class PricesError(ScanwireError):
