@@ -282,7 +282,7 @@ export class Connection {
     if (this.#failures === 0 || clock.now() - began > heartbeatMs) [this.#failures, this.#failingSince] = [0, clock.now()];
     let isHeld = error instanceof WrongWay;
     if (!hasOpened && !this.#parting && !isHeld && !(error instanceof RequestRefused)) {
-      // It cannot tell why: a plain request can, and brings something as well.
+      // It cannot tell why; a plain request can.
       const found = await this.#askPlainly();
       if (this.#isChanging || this.#wanted.size === 0) return;
       if (found === null) isHeld = this.#ladder.current !== "poll";
@@ -310,8 +310,7 @@ export class Connection {
     this.#attempt = new AbortController();
     try {
       const page = await readPage(this.#env, this.#opened, this.#cursor, this.#attempt.signal);
-      for (const event of page.events) this.#take(event);
-      if (page.isClosed) this.#finish(this.#opened);
+      if (page.isClosed && page.events.length === 0) this.#finish(this.#opened);
       return null;
     } catch (error) {
       return toError(error);
