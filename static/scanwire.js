@@ -97,6 +97,7 @@ class Scanwire {
    * @param {(state: api.State) => void} listener
    */
   on(type, listener) {
+    if (type !== "state") throw new TypeError(`There are no events ${type}; there is "state".`);
     const { listeners } = this.#session;
     listeners.add(listener);
     listener(this.state);

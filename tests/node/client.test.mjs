@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 
 import { RequestRefused, ResultLost, ScanFailed } from "../../static/scanwire.js";
-import { checkComplete, collect, open, Server, TRANSPORTS, until, watchStates } from "./harness.mjs";
+import { checkComplete, collect, hurry, open, Server, TRANSPORTS, until, watchStates } from "./harness.mjs";
 
 let server;
 before(async () => (server = await Server.start({ MAX_EVENTS_BODY_BYTES: 8_000_000 })));
@@ -105,7 +105,12 @@ for (const transport of TRANSPORTS) {
 
 test("an iteration that is slower than its scan misses nothing, and keeps little", async (t) => {
   const production = await server.produce();
-  const scanwire = open(t, server.url);
+  let pages = 0;
+  const count = (input, init) => {
+    if (new Headers(init.headers).get("Accept") === "application/json") pages += 1;
+    return fetch(input, init);
+  };
+  const scanwire = open(t, server.url, { fetch: count, clock: hurry(20), firstByteMs: 40_000, heartbeatMs: 300_000 });
   const scan = scanwire.watch(production.id);
   const iterator = scan[Symbol.asyncIterator]();
   const rows = [];
@@ -121,8 +126,10 @@ test("an iteration that is slower than its scan misses nothing, and keeps little
   await production.end();
   // Nothing was taken meanwhile: the stream is over, and what was not held is read again.
   await until(() => scanwire.state.name === "idle");
+  const before = pages;
   while (await take()) taken += 1;
   assert.ok(taken > 0);
+  assert.ok(pages - before > 30, `${pages - before} pages were read`);
   assert.deepEqual(
     rows.map(({ i }) => i),
     Array.from({ length: 20 * 4900 }, (_, i) => i),
