@@ -47,7 +47,7 @@ STATIC = next(
 # A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
 GC_THRESHOLDS = (50_000, 20, 50)
 SAMPLE_NAME = "sample.parquet"
-# Up to Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
+# Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
 mimetypes.add_type("text/javascript", ".js")
 
 

@@ -138,7 +138,8 @@ class Scanwire {
         if (!answer.ok) throw readRefusal(answer, text);
         return JSON.parse(text);
       } catch (error) {
-        if (error instanceof SyntaxError) throw new ScanwireError(`What answers at ${this.url} is not a Scanwire server.`);
+        if (error instanceof SyntaxError)
+          throw new ScanwireError(`What answers at ${this.url} is not a Scanwire server.`);
         if (!(error instanceof Unreachable) || tries >= REQUEST_TRIES) throw error;
         await sleep(this.#env.clock, backOff(tries - 1, this.#env.random()), signal);
       }

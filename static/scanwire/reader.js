@@ -182,6 +182,8 @@ export class Reader {
     this.#gaps += 1;
     if (this.#gaps < SAME_GAP_MAX) return;
     const seq = this.#position.seq;
-    throw new BrokenStream(`The server leaves out events: after event ${seq} of ${this.#scan} came event ${event.seq}.`);
+    throw new BrokenStream(
+      `The server leaves out events: after event ${seq} of ${this.#scan} came event ${event.seq}.`,
+    );
   }
 }

@@ -64,6 +64,31 @@ export function isThere(env, name) {
 }
 
 /**
+ * The first of some ways that gives a sign of life.
+ * @param {Env} env
+ * @param {readonly Transport[]} names
+ * @param {readonly string[]} scans
+ * @param {string | null} cursor
+ * @param {AbortSignal} signal
+ * @returns {Promise<Transport | null>}
+ */
+export async function findWay(env, names, scans, cursor, signal) {
+  for (const name of names) {
+    const probe = new Deadline(env.clock, signal);
+    let works = false;
+    const opened = () => {
+      works = true;
+      probe.close();
+    };
+    const opening = { scans, cursor: () => cursor, opened, take: () => {}, retry: () => {} };
+    await TRANSPORTS[name](env, opening, probe.signal).catch(() => {}); // why not, does not matter
+    probe.close();
+    if (works || signal.aborted) return works ? name : null;
+  }
+  return null;
+}
+
+/**
  * The answer to one request, whatever its status. Throws Unreachable.
  * @param {Env} env
  * @param {string} path

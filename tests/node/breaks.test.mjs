@@ -111,7 +111,12 @@ test("a stream cut after any byte loses and repeats nothing", async (t) => {
   };
   for (let cut = 200; cut < 2000; cut += 97) {
     left = cut;
-    const scanwire = open(t, proxy.url, { transports: ["fetch"], clock: hurry(100), firstByteMs: 200_000, random: () => 0 });
+    const scanwire = open(t, proxy.url, {
+      transports: ["fetch"],
+      clock: hurry(100),
+      firstByteMs: 200_000,
+      random: () => 0,
+    });
     const got = collect(scanwire.watch(production.id));
     await until(() => got.events.at(-1)?.type === "end");
     await checkComplete(server, production.id, got.events);

@@ -220,7 +220,10 @@ test("the result of a failed scan is its error", async (t) => {
   const production = await server.produce();
   const scan = open(t, server.url).watch(production.id);
   await production.post({ type: "end", state: "failed", error: "The printer is empty." });
-  await assert.rejects(scan.result(), (failure) => failure instanceof ScanFailed && /printer is empty/.test(failure.message));
+  await assert.rejects(
+    scan.result(),
+    (failure) => failure instanceof ScanFailed && /printer is empty/.test(failure.message),
+  );
 });
 
 test("scanners and scans are listed", async (t) => {

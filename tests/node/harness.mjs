@@ -151,7 +151,10 @@ export async function checkComplete(server, id, events) {
     if (page.events.at(-1).type === "end") break;
   }
   const durable = events.filter((event) => event.id !== undefined);
-  assert.deepEqual(durable.map((event) => event.id), expected);
+  assert.deepEqual(
+    durable.map((event) => event.id),
+    expected,
+  );
   assert.equal(durable.at(-1).type, "end");
 }
 

@@ -80,10 +80,17 @@ class Tab {
       setTimeout: (callback, ms) => setTimeout(() => tab.isFrozen || callback(), ms),
       clearTimeout: (timer) => clearTimeout(timer),
     };
-    const locks = shared.locks && { request: (name, options, work) => shared.locks.request(name, { ...options, tab }, work) };
+    const locks = shared.locks && {
+      request: (name, options, work) => shared.locks.request(name, { ...options, tab }, work),
+    };
     const around = { ...shared, locks, BroadcastChannel: Channel, document: this.document, window: this.window };
     const all = { ...readSettings(server.url, {}), ...settings };
-    this.env = makeEnv(all, { clock, fetch: (...given) => (this.isFrozen ? new Promise(() => {}) : fetch(...given)) });
+    this.asked = [];
+    const ask = (input, init) => {
+      this.asked.push(String(input));
+      return this.isFrozen ? new Promise(() => {}) : fetch(input, init);
+    };
+    this.env = makeEnv(all, { clock, fetch: ask });
     this.session = new Session(all, this.env, mode, around);
     t.after(() => this.session.close());
   }
@@ -300,4 +307,32 @@ test("tabs with other settings share nothing", async (t) => {
   await haveAll(tabs, production);
   assert.equal(await server.countStreams(), 2);
   await finish(tabs, production);
+});
+
+test("a page that is shown again, or finds another network, tries again at once", async (t) => {
+  const own = await Server.start({ RETRY_MS: 60_000 });
+  t.after(() => own.stop());
+  const production = await own.produce();
+  const tab = new Tab(t, "none", {}, { ...ownGroup(), url: own.url });
+  tab.watch(production.id);
+  await production.find(1);
+  await haveAll([tab], production);
+  for (const [target, type] of [
+    [tab.window, "online"],
+    [tab.document, "visibilitychange"],
+  ]) {
+    await own.kill();
+    await until(() => tab.session.state.name === "offline");
+    assert.ok(tab.session.state.until - Date.now() > 50_000);
+    await own.run();
+    await production.find(1);
+    target.dispatchEvent(new Event(type));
+    await haveAll([tab], production);
+  }
+  // With another network the connection that looks open is dead.
+  await new Promise((resolve) => setTimeout(resolve, 1100));
+  const opens = () => tab.asked.filter((url) => /events/.test(url)).length;
+  const before = opens();
+  tab.window.dispatchEvent(new Event("online"));
+  await until(() => opens() > before && tab.session.state.name === "live");
 });
