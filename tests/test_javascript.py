@@ -53,7 +53,7 @@ def test_the_types_of_the_client_hold_strictly() -> None:
     tsc = CACHE / "node_modules" / ".bin" / "tsc"
     if not tsc.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        run("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", CACHE, "typescript", timeout_s=300)
+        run("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", CACHE, "typescript@7", timeout_s=300)
     for module in MODULES:
         assert module.read_text().startswith("// @ts-check\n"), module.name
     run(tsc, *TSC_FLAGS, *MODULES, STATIC / "scanwire.d.ts", timeout_s=120)

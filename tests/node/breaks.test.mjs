@@ -53,6 +53,7 @@ for (const transport of TRANSPORTS) {
       proxy.cut();
       await production.find(1);
     }
+    assert.match(proxy.requests.filter(isStream).at(-1), /after=[a-z0-9]+-\d+/);
     await check();
   });
 
