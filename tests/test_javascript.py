@@ -43,11 +43,12 @@ def require_node() -> None:
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name.partition(".")[0])
-def test_the_client_passes_its_tests_in_node(path: Path, tmp_path: Path) -> None:
+def test_the_client_passes_its_tests_in_node(path: Path, tmp_path: Path, sample_prices: Path) -> None:
     require_node()
     # Node ends a run that takes too long itself, and its servers with it.
-    command = ("node", *NODE_FLAGS, "--test", "--test-reporter=spec", "--test-timeout=270000", path)
-    run(*command, timeout_s=300, SCANWIRE_TEST_PYTHON=sys.executable, TMPDIR=str(tmp_path))
+    command = ("node", *NODE_FLAGS, "--test", "--test-reporter=spec", "--test-timeout=570000", path)
+    env = {"SCANWIRE_TEST_PYTHON": sys.executable, "SCANWIRE_PRICES": str(sample_prices), "TMPDIR": str(tmp_path)}
+    run(*command, timeout_s=600, **env)
 
 
 def test_the_types_of_the_client_hold_strictly() -> None:

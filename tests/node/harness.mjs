@@ -23,6 +23,7 @@ const GENEROUS = {
   MAX_STREAMS_PER_CLIENT: 1000,
   DRAIN_S: 0.05,
   RETRY_MS: 0,
+  WORKERS: 1,
 };
 
 export async function findPort() {
