@@ -6,7 +6,9 @@ import gc
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from ipaddress import ip_network
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +21,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from app.api import external, operations, polling, scans, sse, websocket
+from app.api.addresses import make_counting
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
+from app.api.shortcuts import Shortcuts
 from app.core.settings import Settings
 from app.engine.admission import Admission
 from app.engine.external import Producers
@@ -35,8 +39,8 @@ from app.log.eventlog import EventLog
 from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.metrics import Metrics
+from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
-from app.push.wire import EXTENSION, Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +84,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.snapshots = polling.SnapshotCache()
-    return protect(app, settings, external.has_own_token, lambda security: polling.PlainPolls(security, app))
+    return protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:
@@ -153,7 +157,11 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             try:
                 with _on_stop_signal(drain):
                     logger.info("ready", extra={"action": "ready"})
-                    yield {EXTENSION: Bounds(settings.high_water_bytes, settings.stall_s)}
+                    yield {
+                        EXTENSION: Bounds(
+                            settings, make_counting(tuple(map(ip_network, settings.trusted_proxies))), Counter()
+                        )
+                    }
                 drain()
             finally:
                 for timer in timers:

@@ -18,16 +18,19 @@ from app.api import models
 from app.core.scan import digest_rows
 from app.core.settings import hash_key
 from tests.conftest import require
+from tests.peers import meet
 from tests.serving import Serving, serve
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("both_paths")]
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 ROW = {"city": "Oslo", "population": 717_710, "area_km2": 480.75, "is_capital": True, "twin": None}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def serving(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> AsyncIterator[Serving]:
+async def serving(
+    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, both_paths: None
+) -> AsyncIterator[Serving]:
     bounds: dict[str, Any] = {"max_row_bytes": 1000, "max_matches": 1000, "max_events_per_request": 2000}
     async with serve(tmp_path_factory.mktemp("state"), sample_prices, **bounds) as serving:
         yield serving
@@ -430,6 +433,34 @@ async def test_pipelined_posts_keep_their_order(serving: Serving) -> None:
 
 
 # Who may have one, and for how long
+
+
+async def test_a_body_may_come_after_its_head(serving: Serving) -> None:
+    production = await produce(serving)
+    body = json.dumps({"type": "matches", "rows": [ROW]}).encode()
+    async with meet(serving.url) as peer:
+        fields = [f"{name}: {value}" for name, value in production.headers.items()]
+        fields += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        await peer.ask(production.path, *fields, method="POST")
+        await serving.http.get("/healthz")  # by now the head has been read
+        await peer.send(body[:20])
+        await serving.http.get("/healthz")
+        await peer.send(body[20:])
+        assert (await peer.read_answer())[0].split()[1] == b"202"
+    assert await production.rows() == [ROW]
+
+
+async def test_pages_of_an_allowed_origin_may_read_what_a_producer_and_a_poller_are_answered(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    page = "https://friend.example"
+    async with serve(tmp_path, sample_prices, workers=1, allowed_origins=page) as serving:
+        production = await produce(serving)
+        production.headers["Origin"] = page
+        posted = await production.post({"type": "progress", "done": 1})
+        polled = await serving.http.get(f"/v1/scans/{production.id}", headers={"Origin": page})
+        assert [posted.status_code, polled.status_code] == [202, 200]
+        assert {answer.headers["access-control-allow-origin"] for answer in (posted, polled)} == {page}
 
 
 async def test_equal_submissions_are_scans_of_their_own_but_for_an_idempotency_key(serving: Serving) -> None:

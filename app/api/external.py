@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from app.api.formats import JSON, NDJSON
 from app.api.models import Count, CursorText, Wire
 from app.api.scans import read_body
-from app.api.service import get_service
+from app.api.service import Service, get_service
 from app.core.errors import InvalidParams, JournalUnavailable, UnsupportedMedia
 from app.core.event import Cursor
 from app.engine.external import Said
@@ -22,7 +23,7 @@ from app.engine.external import Said
 MAX_ERRORS = 10  # that one refusal names
 MAX_NUMBER = 10**15 - 1  # as Producer-Seq
 _PATH = re.compile(r"/v1/scans/[^/]+/events")
-_NUMBER = re.compile(r"[1-9][0-9]{0,14}", re.ASCII)
+_NUMBER = re.compile(rb"[1-9][0-9]{0,14}")
 
 
 class PostedEvent(RootModel[Annotated[Said, Field(discriminator="type")]]):
@@ -51,10 +52,21 @@ def has_own_token(method: str, path: str) -> bool:
 
 async def post_events(request: Request) -> Response:
     """POST /v1/scans/{id}/events: a producer appends to its scan."""
-    service, scan_id = get_service(request), request.path_params["id"]
-    service.producers.check_token(scan_id, _read_token(request))  # before anything is read of the body
-    number = _read_number(request)
-    said = await _read_events(request)
+    fields = dict(request.scope["headers"])
+    answer = await append_posted(get_service(request), request.path_params["id"], fields, partial(read_body, request))
+    return Response(answer, 202, {"Cache-Control": "no-store"}, JSON)
+
+
+async def append_posted(
+    service: Service, scan_id: str, fields: Mapping[bytes, bytes], read: Callable[[], Awaitable[bytes]]
+) -> bytes:
+    """Appends what a request carries; gives the answer when it is in the journal. Raises what refuses it."""
+    service.producers.check_token(scan_id, _read_token(fields))  # before anything is read of the body
+    number = _read_number(fields)
+    media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+    if media_type not in (JSON, NDJSON):
+        raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
+    said = _read_events(await read(), media_type)
     try:
         async with asyncio.timeout(service.settings.commit_wait_s):
             scan = await service.producers.append(scan_id, said, number)
@@ -64,17 +76,16 @@ async def post_events(request: Request) -> Response:
             "with the same Producer-Seq it will not be appended twice.",
             retry_after_s=10,
         ) from None
-    answer = {"cursor": str(Cursor(service.log.epoch, scan.n)), "seq": scan.seq}
-    return Response(orjson.dumps(answer), 202, {"Cache-Control": "no-store"}, JSON)
+    return orjson.dumps({"cursor": str(Cursor(service.log.epoch, scan.n)), "seq": scan.seq})
 
 
-def _read_token(request: Request) -> str | None:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+def _read_token(fields: Mapping[bytes, bytes]) -> str | None:
+    scheme, _, token = fields.get(b"authorization", b"").decode("latin-1").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else None
 
 
-def _read_number(request: Request) -> int | None:
-    text = request.headers.get("producer-seq")
+def _read_number(fields: Mapping[bytes, bytes]) -> int | None:
+    text = fields.get(b"producer-seq")
     if text is None:
         return None
     if _NUMBER.fullmatch(text) is None:
@@ -82,12 +93,8 @@ def _read_number(request: Request) -> int | None:
     return int(text)
 
 
-async def _read_events(request: Request) -> list[Said]:
-    """The events of the body. Raises UnsupportedMedia, TooLarge, SlowBody, and InvalidParams, naming each field."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in (JSON, NDJSON):
-        raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
-    body = await read_body(request)
+def _read_events(body: bytes, media_type: str) -> list[Said]:
+    """The events of a body. Raises InvalidParams, naming each field."""
     if media_type == NDJSON:
         lines = [line for line in body.split(b"\n") if line.strip()]
         values: Any = [_parse(line, f"events.{place}") for place, line in enumerate(lines)]

@@ -8,24 +8,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import orjson
-from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from app.api.formats import JSON
-from app.api.problems import refuse
-from app.api.security import DATA_HEADERS, Security, add_security_headers
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, ScanwireError
+from app.core.errors import InvalidParams
 from app.core.estimate import POLL_MIN_S
 from app.core.event import Cursor, Event, EventType
 from app.core.scan import Progress, Scan
 from app.core.snapshot import make_snapshot
 from app.push.puller import Puller
-from app.push.wire import find_wire
 
-_SCANS = "/v1/scans/"
 _WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;\s])", re.ASCII)
 
 
@@ -58,45 +52,7 @@ class SnapshotCache:
         return encoded
 
 
-class PlainPolls:
-    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor) ahead of all layers.
-
-    It is what clients ask thousands of times a second, and the layers would cost more than the answer. `security`
-    checks it all the same, and gets everything else.
-    """
-
-    def __init__(self, security: Security, app: Starlette) -> None:
-        self._security = security
-        self._state = app.state
-        self._snapshots: SnapshotCache = app.state.snapshots
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if not (path.startswith(_SCANS) and scope["type"] == "http" and scope["method"] == "GET"):
-            await self._security(scope, receive, send)
-            return
-        service: Service = self._state.service
-        scan = service.log.find(path[len(_SCANS) :])
-        headers = dict(scope["headers"])
-        if scan is None or scope["query_string"] or b"prefer" in headers or b"last-event-id" in headers:
-            await self._security(scope, receive, send)
-            return
-        try:
-            client = self._security.check(scope)
-            service.limits.charge("read", client)
-        except ScanwireError as refusal:
-            await refuse(refusal, scope, receive, add_security_headers(send))
-            return
-        if_none_match = headers.get(b"if-none-match", b"")
-        status, fields, body = _encode_answer(service, self._snapshots, client, scan, if_none_match)
-        if (wire := find_wire(scope)) is not None:
-            wire.respond(status, (*fields, *DATA_HEADERS), body)
-            return
-        await send({"type": "http.response.start", "status": status, "headers": [*fields, *DATA_HEADERS]})
-        await send({"type": "http.response.body", "body": body})
-
-
-def _encode_answer(
+def encode_answer(
     service: Service, snapshots: SnapshotCache, client: str, scan: Scan, if_none_match: bytes
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, header fields and body of the answer to a snapshot poll; 304 when the client has it already."""
@@ -161,7 +117,7 @@ async def get_snapshot(request: Request) -> Response:
                 await _hold(request, subscriber, [scan.id], wait_s)
         scan = service.log.get(scan.id)
     if_none_match = request.headers.get("if-none-match", "").encode("latin-1")
-    status, headers, body = _encode_answer(service, request.app.state.snapshots, client, scan, if_none_match)
+    status, headers, body = encode_answer(service, request.app.state.snapshots, client, scan, if_none_match)
     if waits:
         headers.append((b"preference-applied", b"wait=%g" % wait_s))
     response = Response(body, status)
