@@ -1,6 +1,7 @@
 """GET /v1/prices/{symbol}: the prices around a match, for a chart."""
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
@@ -15,6 +16,7 @@ from app.core.errors import AtCapacity, InvalidParams, PricesChanged, UnknownSym
 from app.market.store import Days, SymbolPrices, SymbolRows, find_symbol, name_symbols, read_days
 
 DAYS_DEFAULT = 60
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 async def get_prices(request: Request) -> Response:
@@ -66,9 +68,7 @@ def _read_day(query: Mapping[str, str], name: str) -> date | None:
     if text is None:
         return None
     try:
-        if len(text) != 10:
-            raise ValueError
-        return date.fromisoformat(text)
+        return date.fromisoformat(text if _DAY.fullmatch(text) else "")  # it would take other forms as well
     except ValueError:
         raise InvalidParams.of(name, "must be a date written as YYYY-MM-DD") from None
 
