@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import mimetypes
 import signal
 import time
 from collections import Counter
@@ -50,6 +51,8 @@ STATIC = next(
 # A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
 GC_THRESHOLDS = (50_000, 20, 50)
 SAMPLE_NAME = "sample.parquet"
+# Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
+mimetypes.add_type("text/javascript", ".js")
 
 
 def make_clock_ms(

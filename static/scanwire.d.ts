@@ -223,7 +223,7 @@ export interface Scanners {
     columns: Record<string, string>;
     is_external: boolean;
   }[];
-  features: string[];
+  features: Record<string, string>;
 }
 
 /** The problem object of a refusal (RFC 9457). */

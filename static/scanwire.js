@@ -97,6 +97,7 @@ class Scanwire {
    * @param {(state: api.State) => void} listener
    */
   on(type, listener) {
+    if (type !== "state") throw new TypeError(`There are no events ${type}; there is "state".`);
     const { listeners } = this.#session;
     listeners.add(listener);
     listener(this.state);
@@ -137,7 +138,8 @@ class Scanwire {
         if (!answer.ok) throw readRefusal(answer, text);
         return JSON.parse(text);
       } catch (error) {
-        if (error instanceof SyntaxError) throw new ScanwireError(`What answers at ${this.url} is not a Scanwire server.`);
+        if (error instanceof SyntaxError)
+          throw new ScanwireError(`What answers at ${this.url} is not a Scanwire server.`);
         if (!(error instanceof Unreachable) || tries >= REQUEST_TRIES) throw error;
         await sleep(this.#env.clock, backOff(tries - 1, this.#env.random()), signal);
       }

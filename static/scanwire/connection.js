@@ -4,11 +4,12 @@
  * through, each from where it was. What was lost or repeated on the way is told apart by who reads them.
  */
 
-import { backOff, sleep } from "./env.js";
+import { sleep } from "./env.js";
 import { Exhausted, RequestRefused, toError, Unreachable, WrongWay } from "./errors.js";
 import { isUpTo } from "./eventstream.js";
 import { Ladder } from "./ladder.js";
-import { isThere, readPage, request, TRANSPORTS } from "./transports.js";
+import { Patience } from "./patience.js";
+import { findWay, isThere, readPage, request, TRANSPORTS } from "./transports.js";
 
 /** @import { ScanEvent, State } from "../scanwire.d.ts" */
 /** @import { Env } from "./env.js" */
@@ -32,9 +33,9 @@ export class Connection {
   #env;
   #listener;
   #ladder;
-  /** Scans that are watched and have not ended, with the cursor that each was watched from. */
-  /** @type {Map<string, string | null>} */
-  #wanted = new Map();
+  #patience;
+  /** @type {Set<string>} scans that are watched and have not ended */
+  #wanted = new Set();
   /** @type {Set<string>} of those, what the stream brings or goes on with */
   #joined = new Set();
   /** @type {string | null} behind the last event that came */
@@ -50,9 +51,6 @@ export class Connection {
   #parting = null;
   #isRunning = false;
   #isClosed = false;
-  #retryMs = 0;
-  #failures = 0; // in a row, without anything new
-  #failingSince = 0;
   /** @type {number[]} */
   #opens = []; // when the last streams were opened
   /** @type {(() => void) | null} ends the pause, if its floor allows */
@@ -70,6 +68,7 @@ export class Connection {
   constructor(env, listener) {
     this.#env = env;
     this.#listener = listener;
+    this.#patience = new Patience(env);
     const rungs = env.transports.filter((name) => isThere(env, name));
     this.#ladder = new Ladder(rungs.length > 0 ? rungs : ["poll"]);
   }
@@ -83,7 +82,7 @@ export class Connection {
    */
   watch(scan, after) {
     if (this.#isOpen && this.#opened.includes(scan)) {
-      this.#wanted.set(scan, after);
+      this.#wanted.add(scan);
       this.#joined.add(scan);
       return this.#cursor ?? (this.#hasTaken ? LOST : null);
     }
@@ -96,7 +95,7 @@ export class Connection {
       const isFresh = !this.#isRunning || this.#joined.size === 0;
       if (this.#wanted.size === 0) [this.#cursor, this.#hasTaken] = [after, false];
       else if (isFresh && isUpTo(after, this.#cursor)) this.#cursor = after;
-      this.#wanted.set(scan, after);
+      this.#wanted.add(scan);
       this.#settle(SETTLE_MS);
     }
     return undefined;
@@ -136,13 +135,14 @@ export class Connection {
     const { clock } = this.#env;
     clock.clearTimeout(this.#timers.settle);
     this.#opens = this.#opens.filter((at) => clock.now() - at < PACE.withinMs);
-    const paced = this.#opens.length < PACE.opens || this.#wanted.size === 0 ? ms : Math.max(ms, PACE.withinMs / PACE.opens);
+    const paced =
+      this.#opens.length < PACE.opens || this.#wanted.size === 0 ? ms : Math.max(ms, PACE.withinMs / PACE.opens);
     this.#timers.settle = clock.setTimeout(() => {
       if (!this.#isRunning) {
         if (this.#wanted.size > 0) void this.#run();
         return;
       }
-      const scans = [...this.#wanted.keys()];
+      const scans = [...this.#wanted];
       if (scans.length === this.#opened.length && scans.every((scan) => this.#opened.includes(scan))) return;
       this.#reopen();
       if (scans.length === 0) this.#hurry?.();
@@ -190,7 +190,7 @@ export class Connection {
     const signal = /** @type {AbortController} */ (this.#attempt).signal;
     const name = this.#ladder.current;
     const from = this.#cursor;
-    this.#opened = [...this.#wanted.keys()];
+    this.#opened = [...this.#wanted];
     this.#opens.push(this.#env.clock.now());
     this.#show("connecting", { transport: name });
     await TRANSPORTS[name](
@@ -207,7 +207,7 @@ export class Connection {
           this.#join(from);
         },
         take: (event) => this.#take(event),
-        retry: (ms) => (this.#retryMs = ms),
+        retry: (ms) => (this.#patience.retryMs = ms),
       },
       signal,
     );
@@ -237,7 +237,7 @@ export class Connection {
     } else if (event.id !== undefined && !(this.#cursor !== null && isUpTo(event.id, this.#cursor))) {
       this.#cursor = event.id;
       this.#hasTaken = true;
-      this.#failures = 0;
+      this.#patience.renew();
     }
     if (event.scan === null || !this.#wanted.has(event.scan)) return;
     const isLast = event.type === "end" || (event.type === "reset" && event.data.snapshot === null);
@@ -277,12 +277,9 @@ export class Connection {
    * @param {number} began
    */
   async #recover(error, hasOpened, began) {
-    const { clock, random, heartbeatMs, patienceMs } = this.#env;
-    // One that held for a while was no failure.
-    if (this.#failures === 0 || clock.now() - began > heartbeatMs) [this.#failures, this.#failingSince] = [0, clock.now()];
     let isHeld = error instanceof WrongWay;
     if (!hasOpened && !this.#parting && !isHeld && !(error instanceof RequestRefused)) {
-      // It cannot tell why: a plain request can, and brings something as well.
+      // It cannot tell why; a plain request can.
       const found = await this.#askPlainly();
       if (this.#isChanging || this.#wanted.size === 0) return;
       if (found === null) isHeld = this.#ladder.current !== "poll";
@@ -295,10 +292,9 @@ export class Connection {
       return;
     }
     const floorMs = this.#parting?.floorMs ?? refusal?.retryAfterMs ?? 0;
-    const waitMs = Math.max(floorMs, this.#retryMs) + backOff(this.#failures, random());
-    this.#failures += 1;
-    if (clock.now() + waitMs - this.#failingSince > patienceMs) {
-      for (const scan of [...this.#wanted.keys()]) this.#fail(scan, error);
+    const waitMs = this.#patience.spend(began, floorMs);
+    if (waitMs === null) {
+      for (const scan of [...this.#wanted]) this.#fail(scan, error);
       this.#show("closed", { transport: null, reason: error.message });
       return;
     }
@@ -310,8 +306,7 @@ export class Connection {
     this.#attempt = new AbortController();
     try {
       const page = await readPage(this.#env, this.#opened, this.#cursor, this.#attempt.signal);
-      for (const event of page.events) this.#take(event);
-      if (page.isClosed) this.#finish(this.#opened);
+      if (page.isClosed && page.events.length === 0) this.#finish(this.#opened);
       return null;
     } catch (error) {
       return toError(error);
@@ -325,7 +320,7 @@ export class Connection {
    * @param {Error} error
    */
   async #giveUp(error) {
-    const scans = [...this.#wanted.keys()];
+    const scans = [...this.#wanted];
     if (scans.length > 1 && error instanceof RequestRefused && ![401, 403].includes(error.status)) {
       for (const scan of scans) {
         try {
@@ -386,24 +381,12 @@ export class Connection {
 
   /** Opens a stream beside the present one; the first byte decides. */
   async #tryBetter() {
-    const probe = (this.#probe = new AbortController());
-    const scans = [...this.#wanted.keys()];
-    for (const name of this.#ladder.better) {
-      let works = false;
-      const opened = () => {
-        works = true;
-        probe.abort();
-      };
-      const opening = { scans, cursor: () => this.#cursor, opened, take: () => {}, retry: () => {} };
-      await TRANSPORTS[name](this.#env, opening, probe.signal).catch(() => {});
-      if (works) {
-        this.#ladder.note(name);
-        this.#reopen();
-        return;
-      }
-      if (probe.signal.aborted) return;
-    }
-    this.#tryBetterLater();
+    const { signal } = (this.#probe = new AbortController());
+    const better = await findWay(this.#env, this.#ladder.better, [...this.#wanted], this.#cursor, signal);
+    if (signal.aborted) return;
+    if (better === null) return this.#tryBetterLater();
+    this.#ladder.note(better);
+    this.#reopen();
   }
 
   /**
@@ -415,4 +398,3 @@ export class Connection {
     this.#listener.state(this.state);
   }
 }
-

@@ -21,9 +21,9 @@ import { Hub } from "./hub.js";
 
 /** @typedef {{ post: (said: Said) => void, close: () => void }} Way to the hub */
 
-const PING_MS = 500; // of a page that is shown; whoever does not answer for LOST_MS has lost its place
-const HIDDEN_PING_MS = 30_000;
-const LOST_MS = 1200;
+const PING_MS = 400; // of a page that is shown; whoever does not answer for LOST_MS has lost its place
+const LOST_MS = 800;
+const HIDDEN_PING_MS = 30_000; // to stay known; such a page judges nobody
 const WORKER_START_MS = 2000;
 const WORKER_TRIES = 2;
 
@@ -137,7 +137,9 @@ export class Link {
       this.#mode = "leader";
     }
     if (this.#mode === "leader") {
-      if (BroadcastChannel && locks) return this.#openChannel(BroadcastChannel, locks);
+      try {
+        if (BroadcastChannel && locks) return this.#openChannel(BroadcastChannel, locks);
+      } catch {} // in a sandbox
       this.#mode = "none";
     }
     return this.#openOwn();
@@ -173,7 +175,7 @@ export class Link {
    */
   #openChannel(BroadcastChannel, locks) {
     const channel = new BroadcastChannel(this.#name);
-    const leaving = new AbortController();
+    let waiting = new AbortController();
     /** @type {Hub | null} */
     let hub = null;
     /** @type {Map<string, Port>} */
@@ -195,7 +197,6 @@ export class Link {
     let release = () => {};
     const lead = () =>
       new Promise((resolve) => {
-        if (leaving.signal.aborted) return resolve(undefined);
         release = () => {
           hub?.close();
           hub = null;
@@ -207,11 +208,14 @@ export class Link {
       });
     /** @param {boolean} steal from a leader that does not answer */
     const stand = (steal) => {
-      const options = steal ? { steal } : { signal: leaving.signal };
-      locks.request(this.#name, options, lead).catch(() => {
-        // Stolen from us, since we did not answer; or we leave.
+      waiting.abort();
+      const { signal } = (waiting = new AbortController());
+      locks.request(this.#name, steal ? { steal } : { signal }, lead).catch((error) => {
+        if (signal.aborted) return; // by ourselves
         release();
-        if (!leaving.signal.aborted) stand(false);
+        if (error.name === "AbortError") return stand(false); // stolen from us, since we did not answer
+        this.#mode = "none"; // locks are forbidden here
+        this.#lose(way);
       });
     };
     channel.onmessage = ({ data }) => {
@@ -225,7 +229,7 @@ export class Link {
         else channel.postMessage({ from: this.#id, said });
       },
       close: () => {
-        leaving.abort();
+        waiting.abort();
         release();
         channel.close();
       },
@@ -266,7 +270,7 @@ export class Link {
     // A tick that is late was held up here: an answer may lie unread.
     const wasAsleep = now - this.#ticked > 2 * PING_MS;
     const limitMs = this.#mode === "worker" && !this.#isHeard ? WORKER_START_MS : LOST_MS;
-    if (way !== null && !wasAsleep && now - this.#pinged > limitMs) return this.#lose(way);
+    if (way !== null && !wasAsleep && now - this.#pinged >= limitMs) return this.#lose(way);
     if (wasAsleep || this.#pinged === Infinity) this.#pinged = now;
     way?.post({ op: "ping" });
     this.#tickLater();
@@ -275,7 +279,7 @@ export class Link {
   /** @param {Way} way that does not answer */
   #lose(way) {
     if (way !== this.#way) return;
-    if (this.#mode === "worker") {
+    if (this.#mode !== "leader") {
       this.#workers += 1;
       way.close();
       this.#open();

@@ -80,7 +80,8 @@ export class Reader {
   join(from) {
     this.#isJoined = true;
     // Behind a cursor that was given, nothing may be left to come; only a page says so on every transport.
-    if (this.#position.seq !== null && isUpTo(from, this.cursor)) this.#rise();
+    const isKnown = this.#position.seq !== null;
+    if (isKnown && isUpTo(from, this.cursor) && isUpTo(this.#stream.tip, this.cursor)) this.#rise();
     else this.fallBehind();
   }
 
@@ -99,6 +100,8 @@ export class Reader {
       if (verdict === "gap") this.fallBehind();
       else if (verdict === "new") this.#take(event);
       if (this.isLevel && this.#sink.isFull()) this.fallBehind();
+    } else if (event.type === "end") {
+      this.join(null); // nothing else will come of it; what it lacks is in the log
     }
   }
 
@@ -179,6 +182,8 @@ export class Reader {
     this.#gaps += 1;
     if (this.#gaps < SAME_GAP_MAX) return;
     const seq = this.#position.seq;
-    throw new BrokenStream(`The server leaves out events: after event ${seq} of ${this.#scan} came event ${event.seq}.`);
+    throw new BrokenStream(
+      `The server leaves out events: after event ${seq} of ${this.#scan} came event ${event.seq}.`,
+    );
   }
 }

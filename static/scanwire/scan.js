@@ -243,4 +243,3 @@ function bind(sink) {
     room: sink.room.bind(sink),
   };
 }
-

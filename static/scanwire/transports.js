@@ -64,6 +64,31 @@ export function isThere(env, name) {
 }
 
 /**
+ * The first of some ways that gives a sign of life.
+ * @param {Env} env
+ * @param {readonly Transport[]} names
+ * @param {readonly string[]} scans
+ * @param {string | null} cursor
+ * @param {AbortSignal} signal
+ * @returns {Promise<Transport | null>}
+ */
+export async function findWay(env, names, scans, cursor, signal) {
+  for (const name of names) {
+    const probe = new Deadline(env.clock, signal);
+    let works = false;
+    const opened = () => {
+      works = true;
+      probe.close();
+    };
+    const opening = { scans, cursor: () => cursor, opened, take: () => {}, retry: () => {} };
+    await TRANSPORTS[name](env, opening, probe.signal).catch(() => {}); // why not, does not matter
+    probe.close();
+    if (works || signal.aborted) return works ? name : null;
+  }
+  return null;
+}
+
+/**
  * The answer to one request, whatever its status. Throws Unreachable.
  * @param {Env} env
  * @param {string} path
@@ -257,6 +282,7 @@ function bringByWebSocket(env, opening, signal) {
       asking = env.clock.setTimeout(() => socket.send('{"op":"ping"}'), env.heartbeatMs);
     };
     socket.onopen = () => {
+      isOpen = true;
       listenOn();
       opening.opened();
     };
@@ -270,9 +296,12 @@ function bringByWebSocket(env, opening, signal) {
       }
     };
     socket.onclose = ({ code, reason }) => fail(readClose(code, reason));
+    // Not every engine follows a refused handshake with a close.
+    let isOpen = false;
+    socket.onerror = () => isOpen || fail(new Unreachable("The WebSocket cannot be opened."));
     return () => {
       env.clock.clearTimeout(asking);
-      socket.onopen = socket.onmessage = socket.onclose = null;
+      socket.onopen = socket.onmessage = socket.onerror = socket.onclose = null;
       socket.close();
     };
   });
@@ -324,14 +353,17 @@ async function bringByPolls(env, opening, signal) {
   let attempts = 0;
   let oldMs = OLD_POLL.first;
   for (;;) {
-    const page = await readPage(env, opening.scans, opening.cursor(), signal, true);
-    if (!isOpen) opening.opened();
+    // The first one is answered at once, so that it shows whether polls get through.
+    const page = await readPage(env, opening.scans, opening.cursor(), signal, isOpen);
+    const isFirst = !isOpen;
+    if (isFirst) opening.opened();
     isOpen = true;
     for (const event of page.events) {
       opening.take(event);
       signal.throwIfAborted();
     }
     if (page.isClosed) return;
+    if (isFirst && page.pollAfterMs !== null) continue;
     if (page.pollAfterMs === null) {
       if (page.events.some((event) => event.id !== undefined)) [attempts, oldMs] = [0, OLD_POLL.first];
       attempts += 1;
