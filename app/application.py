@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
@@ -82,7 +83,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
         Route("/metrics", operations.get_metrics, methods=["GET"]),
         Route("/openapi.json", make_openapi, methods=["GET"]),
         WebSocketRoute("/v1/ws", websocket.serve_websocket),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", GZipMiddleware(StaticFiles(directory=STATIC))),
         Route("/", get_page, methods=["GET"]),
         Route("/scans/{id}", get_page, methods=["GET"]),
     ]

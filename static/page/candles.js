@@ -6,12 +6,12 @@ import { formatPrice, formatShort } from "./format.js";
 
 /** @typedef {{ date: string[], open: number[], high: number[], low: number[], close: number[], volume: number[] }} Columns */
 
-const PRICE_HEIGHT = 190;
+const MIN_HEIGHT = 170; // of the prices
+const MAX_HEIGHT = 340;
 const VOLUME_HEIGHT = 46;
 const GAP = 10;
 const AXIS_HEIGHT = 18;
 const AXIS_WIDTH = 58;
-const HEIGHT = PRICE_HEIGHT + GAP + VOLUME_HEIGHT + AXIS_HEIGHT;
 const TICKS = 4;
 const dayName = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeZone: "UTC" });
 const monthName = new Intl.DateTimeFormat(undefined, { month: "short", timeZone: "UTC" });
@@ -53,7 +53,7 @@ export function showCandles(box, symbol, prices, day) {
   const redraw = () => {
     if (box.clientWidth === width || box.clientWidth === 0) return;
     width = box.clientWidth;
-    cross = draw("line", { class: "cross", y1: 0, y2: PRICE_HEIGHT + GAP + VOLUME_HEIGHT });
+    cross = draw("line", { class: "cross", y1: 0, y2: chooseHeight(width) + GAP + VOLUME_HEIGHT });
     plot.replaceChildren(makePlot(prices, marked, width, cross));
     point(at);
   };
@@ -102,20 +102,21 @@ function makePlot(prices, marked, width, cross) {
   const top = Math.max(...prices.high);
   const bottom = Math.min(...prices.low);
   const room = (top - bottom || top || 1) * 0.04;
-  const scale = PRICE_HEIGHT / (top - bottom + 2 * room);
+  const tall = chooseHeight(width);
+  const scale = tall / (top - bottom + 2 * room);
   const y = (/** @type {number} */ price) => (top + room - price) * scale;
   const most = Math.max(...prices.volume, 1);
-  const floor = PRICE_HEIGHT + GAP + VOLUME_HEIGHT;
+  const floor = tall + GAP + VOLUME_HEIGHT;
 
-  const svg = draw("svg", { width, height: HEIGHT, "aria-hidden": "true" });
+  const svg = draw("svg", { width, height: floor + AXIS_HEIGHT, "aria-hidden": "true" });
   if (marked >= 0) svg.append(draw("rect", { class: "mark", x: marked * step, y: 0, width: step, height: floor }));
   for (const price of chooseTicks(bottom, top)) {
     svg.append(draw("line", { class: "rule", x1: 0, x2: width - AXIS_WIDTH, y1: y(price), y2: y(price) }));
     svg.append(draw("text", { x: width - AXIS_WIDTH + 6, y: y(price) + 4 }, formatPrice(price)));
   }
-  svg.append(draw("text", { x: width - AXIS_WIDTH + 6, y: PRICE_HEIGHT + GAP + 10 }, formatShort(most)));
+  svg.append(draw("text", { x: width - AXIS_WIDTH + 6, y: tall + GAP + 10 }, formatShort(most)));
   for (const [index, name] of findMonths(prices.date)) {
-    svg.append(draw("text", { x: Math.min(index * step, width - AXIS_WIDTH - 24), y: HEIGHT - 4 }, name));
+    svg.append(draw("text", { x: Math.min(index * step, width - AXIS_WIDTH - 24), y: floor + AXIS_HEIGHT - 4 }, name));
   }
   // Days that rose are hollow, days that fell are filled: the colour is not all that tells them apart.
   const paths = { up: "", down: "", "up-volume": "", "down-volume": "" };
@@ -128,13 +129,16 @@ function makePlot(prices, marked, width, cross) {
     paths[kind] +=
       `M${f(x)} ${f(y(high))}V${f(upper)}M${f(x)} ${f(upper + height)}V${f(Math.max(y(low), upper + height))}` +
       `M${f(x - half)} ${f(upper)}h${f(half * 2)}v${f(height)}h${f(-half * 2)}z`;
-    const tall = ((prices.volume[index] ?? 0) / most) * VOLUME_HEIGHT;
-    paths[`${kind}-volume`] += `M${f(x - half)} ${floor}v${f(-tall)}h${f(half * 2)}v${f(tall)}z`;
+    const size = ((prices.volume[index] ?? 0) / most) * VOLUME_HEIGHT;
+    paths[`${kind}-volume`] += `M${f(x - half)} ${floor}v${f(-size)}h${f(half * 2)}v${f(size)}z`;
   }
   for (const [kind, path] of Object.entries(paths)) svg.append(draw("path", { class: kind, d: path }));
   svg.append(cross);
   return svg;
 }
+
+/** @param {number} width */
+const chooseHeight = (width) => Math.min(Math.max(width * 0.5, MIN_HEIGHT), MAX_HEIGHT);
 
 const f = (/** @type {number} */ value) => value.toFixed(1);
 

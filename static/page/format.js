@@ -4,6 +4,7 @@
 /** @import { Row, Snapshot } from "../scanwire.d.ts" */
 
 const whole = new Intl.NumberFormat(undefined, { maximumFractionDigits: 0 });
+const plain = new Intl.NumberFormat(undefined, { maximumFractionDigits: 6 });
 const short = new Intl.NumberFormat(undefined, { notation: "compact", maximumFractionDigits: 1 });
 const ordinals = new Intl.PluralRules("en", { type: "ordinal" });
 /** @type {Record<string, string>} */
@@ -106,7 +107,7 @@ export function describeParams({ params }, schema) {
   for (const [name, value] of Object.entries(params)) {
     if (value === null || name === "title" || name === "unit" || name === "total") continue;
     if (schema !== undefined && JSON.stringify(schema.properties?.[name]?.default) === JSON.stringify(value)) continue;
-    const text = Array.isArray(value) ? (value.length > 6 ? formatCount(value.length, "symbol") : value.join(" ")) : `${value}`;
+    const text = typeof value === "number" ? plain.format(value) : Array.isArray(value) ? (value.length > 6 ? formatCount(value.length, "symbol") : value.join(" ")) : `${value}`;
     parts.push(name === "where" ? text : Array.isArray(value) ? text : `${name} ${text}`);
   }
   return parts.length === 0 ? "all defaults" : parts.join(" · ");

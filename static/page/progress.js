@@ -138,7 +138,7 @@ export class Standing {
   get done() {
     const { progress, total } = this;
     if (progress === null) return total === null ? "–" : `0 of ${formatWhole(total)} ${this.unit}`;
-    const done = formatWhole(progress.done);
+    const done = formatWhole(this.state === "completed" ? (total ?? progress.done) : progress.done);
     return total === null ? `${done} ${this.unit}` : `${done} of ${formatWhole(total)} ${this.unit}`;
   }
 }

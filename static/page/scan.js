@@ -179,12 +179,16 @@ export class ScanView {
     const { state, progress, share, end } = standing;
     const scanner = this.#scanners.find((one) => one.name === standing.scanner);
     setText(find("scan-title"), scanner?.is_external === false ? scanner.title : standing.name);
-    setText(find("scan-params"), standing.scanner === "" ? "" : describeParams(standing, scanner?.params));
+    const params = standing.scanner === "" ? "" : describeParams(standing, scanner?.params);
+    setText(find("scan-params"), params);
+    find("scan-params").title = params;
     const badge = find("scan-state");
     setText(badge, state === "cancelling" ? "cancelling…" : state);
     badge.dataset.state = state;
     find("scan-synthetic").hidden = !isSynthetic(standing.dataVersion);
     findButton("cancel").hidden = !["queued", "running", "cancelling"].includes(state);
+    findButton("pause").disabled = end !== null && !this.#rows.isPaused;
+    find("wish").hidden = end !== null;
     findButton("cancel").disabled = state === "cancelling";
     this.#drawBar(share, state);
     setText(find("stat-done"), share === null ? standing.done : `${standing.done}, ${formatPercent(share)}`);

@@ -146,8 +146,9 @@ export class Table {
     const isNumber = sample.some((row) => typeof row[name] === "number");
     const decimals = isNumber ? chooseDecimals(sample, name) : 0;
     const column = { name, label, text: this.#texts[name] ?? name, isNumber, decimals, chars: 0 };
-    const longest = Math.max(...sample.map((row) => writeCell(row, column).length), label.length + 2);
-    return { ...column, chars: Math.min(Math.max(longest + 2, MIN_CHARS), MAX_CHARS) + 2 };
+    const longest = Math.max(...sample.map((row) => writeCell(row, column).length), label.length + 1);
+    const bold = this.#columns.length === 0 ? 2 : 0; // the first one is written larger
+    return { ...column, chars: bold + Math.min(Math.max(longest + 3, MIN_CHARS), MAX_CHARS) };
   }
 
   /**
