@@ -13,6 +13,7 @@ import httpx
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from tests.conftest import require
+from tests.test_cli import find_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 # Where npm packages are kept between runs.
@@ -20,7 +21,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan
 WAIT_MS = 20_000
 
 # Goes through the whole table as a reader would, and gives the texts of each row once for each place it was seen at.
-READ_TABLE = """async () => {
+_READ_TABLE = """async () => {
   const grid = document.getElementById("grid");
   const seen = new Map();
   const frame = () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
@@ -72,6 +73,47 @@ async def wait_for_state(page: Page, state: str) -> None:
 async def wait_for_rows(page: Page, count: int) -> None:
     """Until the table has this many rows."""
     await expect(page.locator("#grid")).to_have_attribute("aria-rowcount", str(count + 1), timeout=WAIT_MS)
+
+
+async def read_table(page: Page) -> list[list[str]]:
+    """The texts of all rows, in order, as a reader sees them who goes through the table."""
+    await page.bring_to_front()  # others are drawn about once a second
+    texts: list[list[str]] = await page.evaluate(_READ_TABLE)
+    return texts
+
+
+class Relay:
+    """The network between browser and server, which can be cut."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.port = find_port()
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", self.port)
+
+    async def cut(self) -> None:
+        """All connections end, and no new one is taken."""
+        assert self._server is not None
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+        self._writers.discard(writer)
 
 
 def fetch_axe() -> str:

@@ -11,7 +11,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
 from app.core.settings import hash_key
-from tests.browser.pages import READ_TABLE, Producer, launch, profile, wait_for_rows, wait_for_state
+from tests.browser.pages import Producer, launch, profile, read_table, wait_for_rows, wait_for_state
 from tests.conftest import Gate
 from tests.serving import Serving, serve
 
@@ -76,7 +76,7 @@ async def test_a_scan_from_the_form_to_its_rows_a_chart_an_export_and_a_second_r
     snapshot = (await serving.http.get(at)).json()
     rows = (await serving.http.get(f"{at}/matches")).json()["rows"]
     assert len(rows) == snapshot["matches"] == 100
-    assert [texts[:2] for texts in await page.evaluate(READ_TABLE)] == [[row["symbol"], row["date"]] for row in rows]
+    assert [texts[:2] for texts in await read_table(page)] == [[row["symbol"], row["date"]] for row in rows]
 
     # A row opens the prices around it, the day marked.
     await page.evaluate("document.getElementById('grid').scrollTop = 0")
@@ -104,7 +104,7 @@ async def test_a_scan_from_the_form_to_its_rows_a_chart_an_export_and_a_second_r
         shared = await other.new_page()
         await shared.goto(page.url)
         await wait_for_rows(shared, 100)
-        assert await shared.evaluate(READ_TABLE) == await page.evaluate(READ_TABLE)
+        assert await read_table(shared) == await read_table(page)
         await shared.click("#to-scans")
         await expect(shared.locator(f"#list a[href='{page.url.removeprefix(serving.url)}']")).to_be_visible()
 
