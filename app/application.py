@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from app.api import external, operations, polling, scans, sse, websocket
+from app.api import external, operations, polling, prices, scans, sse, websocket
 from app.api.addresses import make_counting
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
@@ -81,6 +82,7 @@ def create_app(
         Route("/v1/scans/{id}/matches.{suffix}", scans.get_matches, methods=["GET"]),
         Route("/v1/events", sse.get_events, methods=["GET"]),
         Route("/v1/scanners", scans.list_all_scanners, methods=["GET"]),
+        Route("/v1/prices/{symbol:path}", prices.get_prices, methods=["GET"]),  # there are symbols with a slash
         Route("/v1/performance", operations.get_performance, methods=["GET"]),
         Route("/v1/operations", operations.get_operations, methods=["GET"]),
         Route("/healthz", operations.get_health, methods=["GET"]),
@@ -88,8 +90,9 @@ def create_app(
         Route("/metrics", operations.get_metrics, methods=["GET"]),
         Route("/openapi.json", make_openapi, methods=["GET"]),
         WebSocketRoute("/v1/ws", websocket.serve_websocket),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", GZipMiddleware(StaticFiles(directory=STATIC))),
         Route("/", get_page, methods=["GET"]),
+        Route("/scans/{id}", get_page, methods=["GET"]),
     ]
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
@@ -108,8 +111,8 @@ def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> R
 
 
 async def get_page(request: Request) -> Response:
-    """GET /: the start page."""
-    return FileResponse(STATIC / "index.html")
+    """GET / and /scans/{id}: the page, which looks at its own address."""
+    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 @contextlib.asynccontextmanager

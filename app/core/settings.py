@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     max_row_bytes: int = Field(16_384, ge=16, description="one match row of a producer, as JSON")
     max_rows_bytes: int = Field(64 * 2**20, ge=16, description="match rows kept for one external scan, as JSON")
 
+    # Prices for charts.
+    max_price_rows: int = Field(2000, ge=1, description="price rows in one answer")
+    price_wait_s: float = Field(10, gt=0, description="reading prices for an answer may take so long, then is refused")
+
     # What is kept.
     durability: Literal["process", "power"] = Field(
         "process", description="what a commit outlives: the process, or a power cut too (a flush of the disk each)"
