@@ -96,5 +96,5 @@ async def test_a_body_that_trickles_in_is_refused_when_its_time_is_over(tmp_path
         status, fields, body = await peer.read_answer()
         assert status.split()[1] == b"408"
         assert fields[b"content-type"] == b"application/problem+json"
-        assert json.loads(body)["type"].endswith("slow-body")
+        assert json.loads(body)["type"].endswith("slow-request")
         check_problem(await serving.http.post("/v1/scans", json={"scanner": "nothing"}), 422)

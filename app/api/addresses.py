@@ -6,6 +6,7 @@ peer before anything here can look at it.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
@@ -81,6 +82,20 @@ def client_key(address: str, api_key_name: str | None = None) -> str:
     if isinstance(parsed, IPv6Address):
         return f"ip:{IPv6Network((int(parsed) >> 64 << 64, 64))}"
     return f"ip:{parsed}"
+
+
+def make_counting(trusted_networks: Networks) -> Callable[[str], str | None]:
+    """Names who a connection from an address is counted for; None for who speaks for many: a trusted proxy, and this
+    machine, where a proxy or a load test may be."""
+
+    @lru_cache(maxsize=8192)
+    def name_client(address: str) -> str | None:
+        parsed = parse_address(address)
+        if parsed is None or parsed.is_loopback or _is_in(parsed, trusted_networks):
+            return None
+        return client_key(address)
+
+    return name_client
 
 
 def _is_in(address: Address, networks: Networks) -> bool:

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from app.api.formats import CSV, JSON, NDJSON, PARQUET, choose_format
 from app.api.polling import hint_next
 from app.api.service import Service, get_client, get_service
-from app.core.errors import InvalidParams, InvalidRequest, SlowBody, Trimmed, UnsupportedMedia
+from app.core.errors import InvalidParams, InvalidRequest, SlowRequest, Trimmed, UnsupportedMedia
 from app.core.event import EventType
 from app.core.scan import SYNTHETIC, Scan, is_synthetic
 from app.core.snapshot import make_snapshot
@@ -33,17 +33,17 @@ def make_answer(service: Service, client: str, scan: Scan, *, joined: bool = Fal
 
 
 async def read_body(request: Request) -> bytes:
-    """The body. Raises TooLarge, SlowBody."""
+    """The body. Raises TooLarge, SlowRequest."""
     wait_s = get_service(request).settings.body_wait_s
     try:
         async with asyncio.timeout(wait_s):
             return await request.body()
     except TimeoutError:
-        raise SlowBody(f"The body was not there after {wait_s:g} s. Send it in one go.") from None
+        raise SlowRequest(f"The body was not there after {wait_s:g} s. Send it in one go.") from None
 
 
 async def read_json(request: Request) -> Any:
-    """The body, which must be JSON. Raises InvalidRequest, UnsupportedMedia, TooLarge, SlowBody."""
+    """The body, which must be JSON. Raises InvalidRequest, UnsupportedMedia, TooLarge, SlowRequest."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != JSON:
         raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON}.")

@@ -10,13 +10,14 @@
     │   └── UnknownScan             404  no scan has this id (any more)
     ├── WrongMethod                 405  the address exists, the method does not
     ├── NotAcceptable               406  none of the formats asked for can be given
-    ├── SlowBody                    408  a body that trickles
+    ├── SlowRequest                 408  a head or a body that trickles
     ├── Conflict                    409  the same Idempotency-Key with another body; events that cannot come now
     ├── Trimmed                     410  the scan is known, its rows are past retention
     ├── TooLarge                    413  a body over the bound
     ├── UnsupportedMedia            415  a body of another type
     ├── InvalidParams               422  readable, but wrong: names each field
     ├── RateLimited                 429  a bucket is empty
+    ├── HeadTooLarge                431  a request head over the bound
     ├── AtCapacity                  503  every place is taken, for now
     ├── Draining                    503  the server is about to stop
     ├── JournalUnavailable          503  the journal cannot be written, for now
@@ -155,9 +156,9 @@ class NotAcceptable(ScanwireError):
     status = 406
 
 
-class SlowBody(ScanwireError):
-    type = "urn:scanwire:problem:slow-body"
-    title = "The body did not come in time"
+class SlowRequest(ScanwireError):
+    type = "urn:scanwire:problem:slow-request"
+    title = "The request did not come in time"
     status = 408
 
 
@@ -219,6 +220,12 @@ class RateLimited(ScanwireError):
     title = "Too many requests"
     status = 429
     close_code = 4429
+
+
+class HeadTooLarge(ScanwireError):
+    type = "urn:scanwire:problem:head-too-large"
+    title = "The head of the request is too large"
+    status = 431
 
 
 class AtCapacity(ScanwireError):

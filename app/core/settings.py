@@ -70,7 +70,18 @@ class Settings(BaseSettings):
     max_idempotency_keys: int = Field(10_000, ge=1, description="idempotency keys remembered in all")
 
     commit_wait_s: float = Field(10, gt=0, description="a request waits this long for the journal, then is refused")
+
+    # Peers.
+    head_wait_s: float = Field(10, gt=0, description="a request head must be there within this time")
     body_wait_s: float = Field(20, gt=0, description="a request body must be there within this time")
+    max_head_bytes: int = Field(32_768, ge=1024, description="address and header fields of one request")
+    max_connections: int = Field(25_000, ge=1, description="open connections in all")
+    max_connections_per_client: int = Field(
+        1000, ge=1, description="open connections from one address; loopback and trusted proxies hold as many as come"
+    )
+    min_send_bytes_per_s: int = Field(1024, ge=0, description="an answer that is taken more slowly is cut off")
+    max_pings_per_heartbeat: int = Field(100, ge=1, description="pings of one WebSocket between two heartbeats")
+    max_fragments_per_message: int = Field(1000, ge=1, description="fragments of one WebSocket message")
 
     # Limits of one client: a bucket each, as <amount> per <period>.
     submit_per_min: float = Field(2, gt=0)
@@ -105,8 +116,11 @@ class Settings(BaseSettings):
     session_idle_s: float = Field(90, gt=0, description="a client that polled is gone after this silence")
     queued_unwatched_s: float = Field(300, gt=0, description="a queued scan nobody watched for this long is cancelled")
 
-    # Shutdown.
-    drain_s: float = Field(10, ge=0, description="open streams are told to come back within this time")
+    # Stop, and the watch over the event loop.
+    drain_s: float = Field(10, ge=0, description="a stop gives scans and streams this long, and ends within 2 s more")
+    takeover_wait_s: float = Field(60, gt=0, description="--takeover waits this long for the other process to end")
+
+    block_report_ms: float = Field(250, ge=1, description="an event loop blocked for longer is logged, with its stack")
 
     # Who may ask.
     allowed_hosts: Commas = Field(("localhost", "127.0.0.1", "[::1]"), description="Host names served; * for any")

@@ -1,7 +1,6 @@
 """The journal in one SQLite file: WAL, one writer thread, group commit."""
 
 import contextlib
-import fcntl
 import logging
 import queue
 import secrets
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import orjson
 
@@ -21,6 +20,7 @@ from app.core.errors import JournalUnavailable
 from app.core.event import Event, EventType
 from app.core.scan import Scan, Skipped
 from app.log.journal import ADVICE, Checkpoint, Kept, Write
+from app.log.lock import StateLock
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +70,14 @@ class SqliteJournal:
         self._left: list[Write] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: IO[str] | None = None  # held while the journal is open; the system gives it back at a crash
+        self.lock = StateLock(path.with_suffix(".lock"))  # held while the journal is open
 
     def open(self, committed: Callable[[Sequence[Write]], None]) -> Kept:
         """Raises JournalUnavailable, with what to do, for a file that is not a journal or cannot be used."""
         with contextlib.ExitStack() as undo:
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = undo.enter_context(self.path.with_suffix(".lock").open("a"))
-                _take_lock(lock, self.path)
+                self.lock.acquire()
+                undo.callback(self.lock.release)
                 connection = undo.enter_context(closing(self._connect()))
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
@@ -90,7 +89,6 @@ class SqliteJournal:
                     f"The journal {self.path} cannot be opened: {error}. Check that the directory can be written and "
                     "that the file is a Scanwire journal, or name another directory with SCANWIRE_STATE_DIR."
                 ) from error
-            self._lock = lock
             undo.pop_all()
         self._thread = threading.Thread(
             target=self._write_all, args=(connection, committed), name="journal", daemon=True
@@ -284,28 +282,24 @@ class SqliteJournal:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-            if self._lock is not None:
-                self._lock.close()
+        self.lock.release()
         return self._left
-
-
-def _take_lock(lock: IO[str], path: Path) -> None:
-    """One process writes a journal: two would give the same numbers to different events."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalUnavailable(
-            f"Another Scanwire is running on {path.parent}. Stop it first, or name another directory with "
-            "SCANWIRE_STATE_DIR."
-        ) from None
 
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
     """Keeps every server away from the journal meanwhile. Raises JournalUnavailable while one is at work on it."""
-    with path.with_suffix(".lock").open("a") as lock:
-        _take_lock(lock, path)
+    lock = StateLock(path.with_suffix(".lock"))
+    try:
+        is_held = lock.try_acquire()
+    except OSError as error:
+        raise JournalUnavailable(f"{path.parent} cannot be written: {error}.") from error
+    if not is_held:
+        raise JournalUnavailable(f"Another Scanwire is running on {path.parent}. Stop it first.")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def is_damage(error: Exception) -> bool:
