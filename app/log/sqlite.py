@@ -290,7 +290,12 @@ class SqliteJournal:
 def holding(path: Path) -> Iterator[None]:
     """Keeps every server away from the journal meanwhile. Raises JournalUnavailable while one is at work on it."""
     lock = StateLock(path.with_suffix(".lock"))
-    lock.acquire()
+    try:
+        is_held = lock.try_acquire()
+    except OSError as error:
+        raise JournalUnavailable(f"{path.parent} cannot be written: {error}.") from error
+    if not is_held:
+        raise JournalUnavailable(f"Another Scanwire is running on {path.parent}. Stop it first.")
     try:
         yield
     finally:
