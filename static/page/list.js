@@ -100,7 +100,7 @@ export class List {
   #show(snapshot) {
     const known = this.#lines.get(snapshot.id);
     if (known !== undefined) {
-      known.standing.read(snapshot);
+      known.standing.read(snapshot, true);
       this.#update(known);
       return;
     }
@@ -133,7 +133,7 @@ export class List {
    */
   #makeLine(snapshot) {
     const standing = new Standing();
-    standing.read(snapshot);
+    standing.read(snapshot, true);
     const link = make("a", { href: `/scans/${snapshot.id}`, "data-nav": true }, standing.name);
     const params = make("span", { class: "soft params" });
     const state = make("span", { class: "badge" });

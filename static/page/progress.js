@@ -30,33 +30,44 @@ export class Standing {
   isJoined = false;
   #behindMs = Infinity; // how far the server's clock is behind ours, at most
 
-  /** @param {Snapshot} snapshot */
-  read(snapshot) {
+  /**
+   * @param {Snapshot} snapshot
+   * @param {boolean} [isBehind] its rows are counted in it, and do not come as events any more
+   */
+  read(snapshot, isBehind = false) {
     this.#name(snapshot);
     this.isJoined ||= snapshot.joined;
     if (this.end !== null) return;
     this.state = snapshot.state;
     this.dataVersion = snapshot.data_version;
     this.startedTs ??= snapshot.started_ts;
-    this.end = snapshot.end;
-    this.matches = Math.max(this.matches, snapshot.matches);
     this.#readProgress(snapshot.progress);
+    if (isBehind) this.matches = Math.max(this.matches, snapshot.matches);
+    if (snapshot.end !== null) this.#finish(snapshot.end);
   }
 
   /** @param {ScanEvent} event */
   take({ type, data, ts }) {
     this.#behindMs = Math.min(this.#behindMs, Date.now() - ts);
-    if (type === "queued") {
-      this.state = "queued";
-      this.queued = data;
+    if (type === "reset") {
+      this.matches = 0;
+      this.progress = this.end = null;
+      if (data.snapshot !== null) this.read(data.snapshot);
     } else if (type === "started") {
-      if (this.state !== "cancelling") this.state = "running";
       this.#name(data);
       this.dataVersion = data.data_version;
       this.total = data.total;
       this.unit = data.unit;
       this.attempt = data.attempt;
       this.startedTs = ts; // of the attempt that is watched
+    }
+    // What came before the end changes nothing any more, once the end is known.
+    if (this.end !== null) return;
+    if (type === "queued") {
+      this.state = "queued";
+      this.queued = data;
+    } else if (type === "started") {
+      if (this.state !== "cancelling") this.state = "running";
     } else if (type === "progress") {
       this.#readProgress(data);
     } else if (type === "matches") {
@@ -64,14 +75,15 @@ export class Standing {
     } else if (type === "cancelling") {
       this.state = "cancelling";
     } else if (type === "end") {
-      this.end = data;
-      this.state = data.state;
-      this.matches = data.matches;
-    } else if (type === "reset") {
-      this.matches = 0;
-      this.progress = this.end = null;
-      if (data.snapshot !== null) this.read({ ...data.snapshot, matches: 0 });
+      this.#finish(data);
     }
+  }
+
+  /** @param {End} end */
+  #finish(end) {
+    this.end = end;
+    this.state = end.state;
+    this.matches = end.matches;
   }
 
   /** @param {Progress | null} progress */

@@ -83,6 +83,7 @@ export class ScanView {
     this.#pause(false);
     if (scan.snapshot !== null) this.#standing.read(scan.snapshot);
     else void this.#look(scan);
+    this.#showToken(scan.snapshot?.producer_token);
     const leave = [scan.on("event", (event) => this.#take(event)), scan.on("error", (error) => this.#refused(error))];
     this.#leaving.signal.addEventListener("abort", () => {
       for (const off of leave) off();
@@ -110,6 +111,14 @@ export class ScanView {
       // Its events say the same, if they come.
       if (!signal.aborted && error instanceof Error && /** @type {any} */ (error).status === 404) this.#refused(error);
     }
+  }
+
+  /** Of a scan whose work is done elsewhere: whoever does it needs this. @param {string | undefined} token */
+  #showToken(token) {
+    find("token").hidden = token === undefined;
+    const events = `${location.origin}/v1/scans/${this.#scan?.id}/events`;
+    const post = `curl -H "Authorization: Bearer ${token}" --json '{"type":"progress","done":1}' ${events}`;
+    setText(find("token-text"), token === undefined ? "" : post);
   }
 
   // What comes.

@@ -134,8 +134,9 @@ async def test_a_server_that_is_killed_and_comes_back_costs_no_row(
             await process.wait()
             await expect(page.locator("#connection[data-state=offline]")).to_be_visible(timeout=WAIT_MS)
             await expect(page.locator("#connection-text")).to_contain_text("next attempt in")
+            await expect(page.locator("#connection-now")).to_be_visible()
         async with run_server(port, tmp_path, synthetic_prices):
-            await page.click("#connection-now", timeout=5000)
+            await page.dispatch_event("#connection-now", "click")
             await producer.post_rows(50)
             await expect(page.locator("#connection[data-state=live]")).to_be_visible(timeout=WAIT_MS)
             await producer.end()
@@ -164,6 +165,23 @@ async def test_a_network_that_goes_and_comes_back_costs_no_row(browser: Browser,
         await producer.end()
         await wait_for_state(page, "completed")
     await relay.cut()
+
+
+async def test_a_tab_that_is_frozen_and_thawed_has_missed_nothing(browser: Browser, serving: Serving) -> None:
+    producer = await Producer.start(serving.url)
+    await producer.post_rows(20)
+    async with profile(browser) as context:
+        page = await context.new_page()
+        await page.goto(f"{serving.url}/scans/{producer.id}")
+        await wait_for_rows(page, 20)
+        await page.evaluate("document.addEventListener('freeze', () => (globalThis.wasFrozen = true))")
+        devtools = await context.new_cdp_session(page)
+        await devtools.send("Page.setWebLifecycleState", {"state": "frozen"})
+        await producer.post_rows(30)
+        await devtools.send("Page.setWebLifecycleState", {"state": "active"})
+        await producer.post_rows(30)
+        await check_table(page, producer)
+        assert await page.evaluate("wasFrozen")
 
 
 async def test_a_thousand_rows_a_second_hold_up_nothing_and_shift_nothing(browser: Browser, serving: Serving) -> None:

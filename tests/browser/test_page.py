@@ -4,13 +4,16 @@ import csv
 import io
 import re
 from collections.abc import AsyncIterator
+from datetime import date
 from pathlib import Path
 
+import polars as pl
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
 from app.core.settings import hash_key
+from app.market.store import write_store
 from tests.browser.pages import Producer, launch, profile, read_table, wait_for_rows, wait_for_state
 from tests.conftest import Gate
 from tests.serving import Serving, serve
@@ -71,6 +74,9 @@ async def test_a_scan_from_the_form_to_its_rows_a_chart_an_export_and_a_second_r
     await expect(page.locator("#scan-synthetic")).to_be_visible()
     await expect(page).to_have_title(re.compile(r"^\(9\d %\) trial-gated$"))
     assert await page.get_attribute("#progress", "aria-valuenow") == "96"
+    await page.reload()
+    await wait_for_rows(page, 96)
+    await expect(page.locator("#stat-matches")).to_have_text("96")
     gate.open()
     await wait_for_state(page, "completed")
     snapshot = (await serving.http.get(at)).json()
@@ -184,6 +190,39 @@ async def test_a_cancel_shows_at_once_and_then_how_it_ended(page: Page, serving:
     assert await page.evaluate("states") == ["cancelling…", "cancelled"]
     await expect(page.locator("#stat-text")).to_contain_text("Cancelled after")
     await expect(page.locator("#cancel")).to_be_hidden()
+
+
+async def test_a_scan_without_matches_says_so_and_one_that_fails_says_why(page: Page, serving: Serving) -> None:
+    await start(page, serving, "gap-up", where="close < 0.001")
+    await wait_for_state(page, "completed")
+    await expect(page.locator(".grid-empty")).to_contain_text("Nothing matched")
+    await start(page, serving, "trial-raising")
+    await wait_for_state(page, "failed")
+    await expect(page.locator("#stat-text")).to_contain_text("The scanner trial-raising failed with RuntimeError")
+
+
+async def test_the_token_of_a_producer_is_shown_to_who_submitted_once(page: Page, serving: Serving) -> None:
+    await start(page, serving, "external", title="Nightly <b>report</b>")
+    await expect(page.locator("#scan-title")).to_have_text("Nightly <b>report</b>")
+    await expect(page.locator("#token-text")).to_contain_text("Authorization: Bearer ")
+    await page.reload()
+    await expect(page.locator("#scan-title")).to_have_text("Nightly <b>report</b>")
+    await expect(page.locator("#token")).to_be_hidden()
+
+
+async def test_what_was_left_out_is_said_with_the_reason(page: Page, tmp_path: Path) -> None:
+    days = pl.date_range(date(2020, 1, 1), date(2020, 3, 1), eager=True)
+    close = [10.0, None, *[10.0] * (len(days) - 2)]
+    frame = pl.DataFrame({"symbol": ["A"] * len(days), "date": days, "volume": [1000.0] * len(days)})
+    frame = frame.with_columns(pl.Series(name, close) for name in ("open", "high", "low", "close"))
+    write_store(frame, tmp_path / "prices.parquet", source="made up")
+    async with serve(tmp_path / "state", tmp_path / "prices.parquet", workers=1) as serving:
+        await start(page, serving, "gap-up")
+        await wait_for_state(page, "completed")
+        await page.click("#skipped-title")
+        await expect(page.locator("#skipped")).to_contain_text("Left out: 1 symbol")
+        await expect(page.locator("#skipped-list")).to_have_text("rows without a priceA (1)")
+        await expect(page.locator("#scan-synthetic")).to_be_hidden()
 
 
 async def test_only_who_submitted_a_scan_can_cancel_it_and_is_told_so(
