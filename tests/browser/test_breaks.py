@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Request, expect
 
 from tests.browser.pages import (
     WAIT_MS,
@@ -262,12 +262,12 @@ async def test_the_script_of_the_page_is_small(browser: Browser, serving: Servin
     async with profile(browser) as context:
         page = await context.new_page()
         sizes: list[asyncio.Task[dict[str, int]]] = []
-        page.on(
-            "requestfinished",
-            lambda request: (
-                sizes.append(asyncio.ensure_future(request.sizes())) if request.url.endswith(".js") else None
-            ),
-        )
+
+        def note(request: Request) -> None:
+            if request.url.endswith(".js"):
+                sizes.append(asyncio.ensure_future(request.sizes()))  # type: ignore[arg-type]
+
+        page.on("requestfinished", note)
         await page.goto(f"{serving.url}/")
         await expect(page.locator("#field-where")).to_be_visible()
         sent = [(await size)["responseBodySize"] for size in sizes]
