@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 STATIC = next(
     path for path in (Path(__file__).parent / "static", Path(__file__).parents[1] / "static") if path.is_dir()
 )
-# A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
-GC_THRESHOLDS = (50_000, 20, 50)
+# A full collection goes through every open connection: with thousands, each one is a pause that all of them feel. So
+# is a younger one that has let too many new ones gather, as in a storm of connects.
+GC_THRESHOLDS = (2000, 5, 5000)
 SAMPLE_NAME = "sample.parquet"
 # Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
 mimetypes.add_type("text/javascript", ".js")

@@ -110,7 +110,8 @@ class Settings(BaseSettings):
     batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
     high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
     stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
-    long_poll_max_s: float = Field(60, gt=0)
+    # Proxies, nginx among them, give an answer 60 s to begin.
+    long_poll_max_s: float = Field(50, gt=0, description="a long poll is held open for this long at the most")
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")
 
