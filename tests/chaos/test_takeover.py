@@ -29,7 +29,7 @@ async def take_over(port: int, environment: dict[str, str], *words: str) -> Serv
     try:
         await server.until_said('"ready"')
     except BaseException:
-        server.process.kill()
+        await server.kill()
         raise
     return server
 
@@ -37,7 +37,10 @@ async def take_over(port: int, environment: dict[str, str], *words: str) -> Serv
 async def refuse(port: int, environment: dict[str, str], *words: str) -> str:
     """What a start says that is refused."""
     server = await spawn(port, environment, *words)
-    code, _ = await server.ended()
+    try:
+        code, _ = await server.ended()
+    finally:
+        await server.kill()
     assert code == 2
     return "".join(line for line in server.said if not line.startswith("{"))
 
@@ -87,6 +90,7 @@ async def test_a_rolling_restart_under_load_loses_no_event_and_nobody_is_away_fo
             for _ in range(3):
                 began = time.monotonic()
                 successor = await take_over(port, environment)
+                stack.push_async_callback(successor.kill)
                 code, _ = await server.ended()
                 assert code == 0
                 server = successor
@@ -240,6 +244,7 @@ async def test_the_server_of_uvicorns_own_command_is_taken_over_as_well(
         finally:
             successor.process.send_signal(signal.SIGTERM)
             code, _ = await successor.ended()
+            await successor.kill()
     assert code == 0
     for follower in followers:
         assert_whole(follower.events, scan)
