@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     max_queued: int = Field(16, ge=0, le=100_000, description="scans that may wait; 0 refuses when the slots are full")
     max_active_per_client: int = Field(8, ge=1, description="scans of one client that may be queued or running")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 2, ge=1, le=256, description="worker processes")
+    worker_memory_mb: int = Field(
+        2048, ge=0, description="memory of one worker process; 0 for no bound. A chunk as large as they come takes 300"
+    )
+    chunk_deadline_s: float = Field(60, gt=0, description="a worker that has a chunk for longer is killed")
     scan_deadline_s: float = Field(300, gt=0, description="a scan that runs longer is failed")
     chunk_rows: int = Field(200_000, ge=1, description="price rows in one chunk, about")
     reuse_s: float = Field(300, ge=0, description="a finished scan answers the same request this long")
