@@ -34,6 +34,24 @@ async def test_a_scanner_that_leaves_the_program_fails_its_scan_alone(
         assert engine.is_at_rest()
 
 
+async def test_a_scanner_that_raises_what_ends_tasks_ends_its_scan_and_no_task(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    """Sent on into the event loop, it ended the scan's task, and the scan had no end."""
+    async with running(tmp_path, sample_prices) as engine:
+        scan = await engine.finish(await engine.submit("trial-crashing", how="cancelled"))
+        assert scan.end is not None
+        assert scan.end["error"]["type"].endswith("worker-crashed")
+        assert engine.is_at_rest()
+
+
+async def test_what_a_scanner_prints_stays_out_of_the_pipe(tmp_path: Path, sample_prices: Path) -> None:
+    async with running(tmp_path, sample_prices, workers=1) as engine:
+        assert await engine.runner.pool.call(os.write, 1, b"noise") == 5
+        assert await engine.runner.pool.call(print, "noise", True) is None
+        assert await engine.runner.pool.call(abs, -1) == 1
+
+
 async def test_a_worker_that_is_left_counts_as_dead_and_the_next_call_is_served(
     tmp_path: Path, sample_prices: Path
 ) -> None:

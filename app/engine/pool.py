@@ -12,6 +12,8 @@ from app.core.errors import WorkerCrashed
 from app.engine.process import WorkerDied, WorkerProcess
 from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
 
+LOAD_WITHIN_S = 60.0  # a process that is not ready by then is broken
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +40,7 @@ class Pool:
 
     async def warm_up(self) -> None:
         """Starts all processes, so that the next call need not wait for one to load its libraries."""
-        await asyncio.gather(*(self.call(warm_up) for _ in range(self._size)))
+        await asyncio.gather(*(self.call(os.getpid) for _ in range(self._size)))
 
     async def close(self) -> None:
         """No process is left when this returns. No call may be running."""
@@ -87,11 +89,19 @@ class Pool:
                 was_idle = bool(self._idle) and not is_fresh
                 worker = self._idle.pop() if was_idle else await WorkerProcess.start(self._memory_mb, self._alive)
                 try:
+                    if not was_idle:  # what it takes to load the libraries is not the chunk's time
+                        await self._ask(worker, LOAD_WITHIN_S, warm_up)
                     return await self._ask(worker, deadline_s, function, *args)
                 except WorkerDied:
                     if worker.has_taken or not was_idle:
                         raise
                     # It had died before: not this caller's fault.
+                finally:
+                    # A fresh one that was started beside idle ones is one too many.
+                    if worker.is_free and len(self._idle) + self.busy <= self._size:
+                        self._idle.append(worker)
+                    else:
+                        worker.kill()
 
     async def _ask(self, worker: WorkerProcess, deadline_s: float | None, *call: Any) -> Any:
         try:
@@ -101,9 +111,3 @@ class Pool:
             if not deadline.expired():
                 raise  # the function's own
             raise WorkerDied(f"did not return within {deadline_s:g} s, its deadline, and was killed") from None
-        finally:
-            # A fresh one that was started beside idle ones is one too many.
-            if worker.is_free and len(self._idle) + self.busy <= self._size:
-                self._idle.append(worker)
-            else:
-                worker.kill()

@@ -38,6 +38,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         self._answer = bytearray()
         self._waiter: asyncio.Future[bytes] | None = None
         self._said = b""
+        self._has_no_memory = False
         self.has_taken = False  # the call that it was asked last
         self.is_free = False  # it lives and has answered that call
         self.ended = asyncio.Event()
@@ -81,7 +82,9 @@ class WorkerProcess(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:
-            self._said = (self._said + data)[-SAID_BYTES:]
+            said = self._said + data
+            self._has_no_memory |= _NO_MEMORY in said  # a long stack may follow
+            self._said = said[-SAID_BYTES:]
             return
         if not self.has_taken:
             self.has_taken, data = True, data.removeprefix(TAKEN)
@@ -107,7 +110,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
 
     def _explain(self) -> WorkerDied:
         code = self._transport.get_returncode() or 0
-        if code == OUT_OF_MEMORY or (code == -signal.SIGABRT and _NO_MEMORY in self._said):
+        if code == OUT_OF_MEMORY or (code == -signal.SIGABRT and self._has_no_memory):
             reason = f"ran out of its memory of {self._memory_mb} MB" if self._memory_mb else "ran out of memory"
         elif code < 0:
             reason = f"was killed by signal {-code} ({signal.Signals(-code).name})"
