@@ -137,6 +137,17 @@ async def test_workers_that_died_while_idle_are_no_try_of_a_chunk(tmp_path: Path
         assert (scan.state, engine.runner.statistics().worker_crashes) == (State.COMPLETED, 1)
 
 
+async def test_the_retry_has_a_fresh_worker_where_others_are_idle(tmp_path: Path, sample_prices: Path) -> None:
+    require(sys.platform == "linux", "no /proc to count processes in")
+    before = list_children(os.getpid())
+    async with running(tmp_path, sample_prices, workers=2) as engine:
+        await check_whole(engine.runner.pool, before)
+        warm = list_children(os.getpid())
+        scan = await engine.submit("trial-crashing", marker=str(tmp_path / "crashed"), symbols=["AAPL"])
+        assert (await engine.finish(scan)).state is State.COMPLETED
+        assert len(list_children(os.getpid()) - warm) == 1
+
+
 @pytest.mark.parametrize("how", ["hanging", "hanging in native code"])
 async def test_no_worker_outlives_a_server_that_is_killed_not_even_one_that_hangs(
     tmp_path: Path, sample_prices: Path, how: str
