@@ -134,7 +134,7 @@ async def _hold(request: Request, subscriber: Puller, scan_ids: Sequence[str], w
     service.limits.charge("connect", client)
     with service.limits.open_stream(client), service.sessions.stream(client, scan_ids, is_poll=True):
         waiting = asyncio.create_task(_wait_for_news(subscriber, wait_s))
-        leaving = asyncio.create_task(_wait_until_gone(request))
+        leaving = asyncio.create_task(wait_until_gone(request))
         try:
             await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
             return waiting.result() if waiting.done() else []
@@ -156,7 +156,7 @@ async def _wait_for_news(subscriber: Puller, wait_s: float) -> list[Event]:
     return latest
 
 
-async def _wait_until_gone(request: Request) -> None:
+async def wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -101,6 +101,10 @@ class Sessions:
         session.hint_s, session.version = hint_s, version
         return hint_s
 
+    def is_present(self, client: str, scan_id: str) -> bool:
+        """Whether the client has a session on the scan."""
+        return client in self._scans.get(scan_id, ())
+
     def forget(self, scan_id: str) -> None:
         """The scan has ended: nobody needs to be waited for."""
         self._left.pop(scan_id, None)
