@@ -99,7 +99,8 @@ async def serve(
     """
     app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)), clock=clock)
     state = find_state(app)
-    with socket.socket() as listener:
+    # With its protocol named, asyncio sends small answers at once.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))

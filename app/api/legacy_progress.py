@@ -51,7 +51,7 @@ async def serve_progress(websocket: WebSocket) -> None:
         scan = find_scan(service, scan_id)
         if scan is None:
             await _send(websocket, service, "error", _lost(scan_id))
-            await websocket.close(1008, "unknown scan")
+            await websocket.close()
             return
         with service.sessions.stream(client, [scan_id]):
             # What was before is in the first status.
