@@ -107,7 +107,7 @@ class PageClient(ServiceClient):
 
     async def watch(self, scan_id: str) -> list[dict[str, Any]]:
         messages = []
-        async with websockets.connect(f"{self.url}/api/scan/progress/{scan_id}") as socket:
+        async with asyncio.timeout(60), websockets.connect(f"{self.url}/api/scan/progress/{scan_id}") as socket:
             async for text in socket:
                 messages.append(json.loads(text))
                 if messages[-1]["type"] == "final" or messages[-1].get("status") == "completed":
@@ -199,5 +199,5 @@ async def benchmark(http: httpx.AsyncClient, method: str, path: str, **request: 
 async def listen(url: str, scan_id: str) -> list[dict[str, Any]]:
     """All messages of a socket, up to the server's close."""
     address = f"{url.replace('http', 'ws', 1)}/api/scan/progress/{scan_id}"
-    async with websockets.connect(address) as socket:
+    async with asyncio.timeout(60), websockets.connect(address) as socket:
         return [json.loads(text) async for text in socket]
