@@ -56,7 +56,12 @@ class Asker:
     async def ask(self, path: str, *fields: str) -> Any:
         """The JSON body of an answer."""
         await self.send(path, *fields)
-        head = await self.reader.readuntil(b"\r\n\r\n")
+        try:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):  # the server had closed it just then: idle for too long
+            self.close()
+            self.writer = None
+            return await self.ask(path, *fields)
         if not head.startswith(b"HTTP/1.1 200"):
             raise SystemExit(f"a client was refused: {head.decode()}")
         place = head.lower().index(b"content-length:") + 15
