@@ -26,6 +26,7 @@ class _ScanLog:
         "progress",
         "progress_event",
         "progress_timer",
+        "progress_ts",
         "shown",
         "size",
         "tip",
@@ -38,6 +39,7 @@ class _ScanLog:
         self.size = 0  # bytes of JSON in `events`
         self.checkpoints: list[Checkpoint] | None = None  # of a scan that a restart found; None: in the journal only
         self.progress: Progress | None = None  # the latest
+        self.progress_ts = 0  # when it came, in milliseconds since 1970
         self.progress_event: Event | None = None  # the one that is shown
         self.progress_timer: asyncio.TimerHandle | None = None  # until the next one may be shown
         self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit
@@ -197,7 +199,7 @@ class EventLog:
         log = self._logs.get(scan_id)
         if log is None or log.shown is None:
             return
-        log.progress = progress
+        log.progress, log.progress_ts = progress, self.now_ms()
         if log.progress_timer is None and not log.tip.state.is_terminal:
             self._show_progress(scan_id, log, None)
 
@@ -314,6 +316,11 @@ class EventLog:
         """The latest progress of a scan; of a finished one, where it stood."""
         log = self._logs.get(scan_id)
         return None if log is None else log.progress
+
+    def get_progress_age_s(self, scan_id: str) -> float:
+        """Seconds since the latest progress came; 0 when there is none."""
+        log = self._logs.get(scan_id)
+        return 0.0 if log is None or log.progress is None else (self.now_ms() - log.progress_ts) / 1000
 
     def get_progress_event(self, scan_id: str) -> Event | None:
         """The event that carries the latest progress, while the scan has not ended."""
