@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.commands.datasets import data_app
+from app.commands.operating import operating_app
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(operating_app)
 
 Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server. " + ENVIRONMENT)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for pipes.")]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,20 @@ def find_state(app: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def serve(
-    state_dir: Path, prices: Path, *, send_buffer: int | None = None, tls: Tls | None = None, **settings: Any
+    state_dir: Path,
+    prices: Path,
+    *,
+    send_buffer: int | None = None,
+    tls: Tls | None = None,
+    wrap: Callable[[Any], Any] = lambda app: app,
+    **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way.
 
-    With `send_buffer` the kernel holds no more than about so many bytes for each peer, so that one which stops reading
-    is noticed soon.
+    `wrap` puts something around the application. With `send_buffer` the kernel holds no more than about so many bytes
+    for each peer, so that one which stops reading is noticed soon.
     """
-    app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)))
+    app = wrap(create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings))))
     state = find_state(app)
     with socket.socket() as listener:
         if send_buffer is not None:
