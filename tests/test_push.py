@@ -250,6 +250,12 @@ async def test_silence_is_filled_with_heartbeats(tmp_path: Path) -> None:
         await batches.aclose()
 
 
+def test_an_event_source_that_knows_nothing_of_bye_comes_back_when_it_says_all_the_same() -> None:
+    bye = make_event(EventType.BYE, "", 0, {"reconnect_ms": 1234}, 5)
+    assert b"retry: 1234" in frame_sse(bye).split(b"\n")
+    assert b"retry" not in frame_sse(make_event(EventType.END, "s_a", 1, {}, 5))
+
+
 @given(st.text(max_size=200), st.sampled_from(EventType), st.booleans())
 def test_every_frame_carries_the_same_json(text: str, type_: EventType, is_durable: bool) -> None:
     event = make_event(type_, "s_a", 1, {"text": text}, 5, Cursor("abcd", 7) if is_durable else None)

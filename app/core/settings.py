@@ -112,8 +112,11 @@ class Settings(BaseSettings):
     session_idle_s: float = Field(90, gt=0, description="a client that polled is gone after this silence")
     queued_unwatched_s: float = Field(300, gt=0, description="a queued scan nobody watched for this long is cancelled")
 
-    # Shutdown.
-    drain_s: float = Field(10, ge=0, description="open streams are told to come back within this time")
+    # Stop, and the watch over the event loop.
+    drain_s: float = Field(10, ge=0, description="a stop gives scans and streams this long, and ends within 2 s more")
+    takeover_wait_s: float = Field(60, gt=0, description="--takeover waits this long for the other process to end")
+
+    block_report_ms: float = Field(250, ge=1, description="an event loop blocked for longer is logged, with its stack")
 
     # Who may ask.
     allowed_hosts: Commas = Field(("localhost", "127.0.0.1", "[::1]"), description="Host names served; * for any")

@@ -29,7 +29,8 @@ from app.core.scan import Producer, Scan, State, make_same_key
 from app.core.settings import Settings, hash_key
 from app.engine.external import DATA_VERSION, Producers, normalise_external
 from app.engine.limits import Limits
-from app.engine.runner import Run, Runner
+from app.engine.run import Run
+from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog
@@ -110,6 +111,7 @@ class Admission:
         self._same: dict[str, str] = {}  # same_key -> the scan that answers it
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
         self.is_draining = False
+        self.back_s = settings.drain_s  # while it drains: when scans are likely to be taken again
 
     async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
         """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
@@ -214,7 +216,7 @@ class Admission:
         """
         settings, runner, producers = self._settings, self._runner, self._producers
         if self.is_draining:
-            raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=settings.drain_s)
+            raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=self.back_s)
         if self._log.fault is not None:
             raise JournalUnavailable(f"{self._log.fault} No scan can be accepted until it can.", retry_after_s=10)
         if cost_rows is None and producers.active >= settings.max_external:

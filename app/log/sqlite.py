@@ -1,7 +1,6 @@
 """The journal in one SQLite file: WAL, one writer thread, group commit."""
 
 import contextlib
-import fcntl
 import logging
 import queue
 import secrets
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 import orjson
 
@@ -20,6 +18,7 @@ from app.core.errors import JournalUnavailable
 from app.core.event import Event, EventType
 from app.core.scan import Scan, Skipped
 from app.log.journal import Checkpoint, Kept, Write
+from app.log.lock import StateLock
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +56,14 @@ class SqliteJournal:
         self._left: list[Write] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: IO[str] | None = None  # held while the journal is open; the system gives it back at a crash
+        self.lock = StateLock(path.with_suffix(".lock"))  # held while the journal is open
 
     def open(self, committed: Callable[[Sequence[Write]], None]) -> Kept:
         """Raises JournalUnavailable, with what to do, for a file that is not a journal or cannot be used."""
         with contextlib.ExitStack() as undo:
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = undo.enter_context(self.path.with_suffix(".lock").open("a"))
-                _take_lock(lock, self.path)
+                self.lock.acquire()
+                undo.callback(self.lock.release)
                 connection = undo.enter_context(closing(self._connect()))
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
@@ -75,7 +73,6 @@ class SqliteJournal:
                     f"The journal {self.path} cannot be opened: {error}. Check that the directory can be written and "
                     "that the file is a Scanwire journal, or name another directory with SCANWIRE_STATE_DIR."
                 ) from error
-            self._lock = lock
             undo.pop_all()
         self._thread = threading.Thread(
             target=self._write_all, args=(connection, committed), name="journal", daemon=True
@@ -201,20 +198,8 @@ class SqliteJournal:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-            if self._lock is not None:
-                self._lock.close()
+        self.lock.release()
         return self._left
-
-
-def _take_lock(lock: IO[str], path: Path) -> None:
-    """One process writes a journal: two would give the same numbers to different events."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalUnavailable(
-            f"Another Scanwire is running on {path.parent}. Stop it first, or name another directory with "
-            "SCANWIRE_STATE_DIR."
-        ) from None
 
 
 def _can_be_folded(write: Write) -> bool:

@@ -3,10 +3,9 @@
 A peer that stalls, trickles, floods or is gone without a word costs its connection alone, and that for a bounded time:
 
 - a request head must be whole within `head_wait_s` and `max_head_bytes`, the rest of the request within `body_wait_s`;
-- what the kernel could not deliver for `stall_s` breaks the connection (TCP_USER_TIMEOUT), which finds a peer that is
-  gone, and one whose window stays closed;
-- a stream that is behind for `stall_s` is aborted, and so is any other answer that the peer takes at less than
-  `min_send_bytes_per_s`;
+- what the kernel could not deliver of a stream for `stall_s` breaks the connection (TCP_USER_TIMEOUT), which finds a
+  peer that is gone, and one whose window stays closed; so does being behind for that long;
+- any other answer is aborted when the peer takes it at less than `min_send_bytes_per_s`;
 - a WebSocket that says nothing between two heartbeats is gone; its pings between two of them, and the fragments of a
   message, are bounded;
 - connections are bounded in all and for each client.
@@ -76,6 +75,14 @@ class Guard(asyncio.Protocol):
     def _find_client(self) -> str | None:
         return self._bounds.name_client(self.client[0]) if self.client else None
 
+    def expect_delivery(self) -> None:
+        """From now on a peer that is gone, or whose window stays closed, is found out by the kernel, however little
+        is on its way to it. Not for downloads: at a window that hardly opens, the kernel sees no progress in one."""
+        with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system that has no such option
+            tcp = self.transport.get_extra_info("socket")
+            within_ms = max(1, int(self._bounds.settings.stall_s * 1000))
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, within_ms)
+
     def is_streaming(self) -> bool:
         """Whether what is written has no end: being behind is then a matter of time alone."""
         raise NotImplementedError
@@ -119,13 +126,10 @@ class Guard(asyncio.Protocol):
 class HttpGuard(Guard, HttpToolsProtocol):
     __slots__ = ()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         settings, connections = self._bounds.settings, self._bounds.connections
         self.transport.set_write_buffer_limits(high=settings.high_water_bytes)
-        with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system that has no such option
-            tcp = transport.get_extra_info("socket")
-            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(settings.stall_s * 1000)))
         if (client := self._find_client()) is not None:
             connections[client] += 1
         if client is not None and connections[client] > settings.max_connections_per_client:

@@ -59,6 +59,7 @@ class Connection(Guard):
         """A stream begins. `drained` is called when the transport has drained, after `is_ready` was False."""
         if not self.transport.is_closing():
             self._drained, self.is_ready = drained, not self._is_behind
+            self.expect_delivery()
 
     def finish(self) -> None:
         """The stream is over: what was written still goes out."""
