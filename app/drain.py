@@ -99,10 +99,10 @@ class Drain:
             timeout_s = max(until - time.monotonic(), 0)
             await asyncio.wait((work, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
-        # What is found until then is pushed yet. A chunk that takes longer is cut off with the process, and done again.
-        await wait(resting, ends - ENDING_S - over_s)
+        await wait(resting, ends - ENDING_S - over_s)  # what is found until then is pushed yet
         parting = asyncio.create_task(self._hub.part(over_s, first_s, last_s))
         await wait(parting, ends)
+        await wait(resting, ends)
         for task in (resting, parting, hurried):
             task.cancel()
         for result in await asyncio.gather(resting, parting, return_exceptions=True):

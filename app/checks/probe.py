@@ -21,7 +21,7 @@ WEBSOCKET = "WebSocket"
 REQUEST_S = 30.0
 FIRST_BYTE_S = 2.0  # from the head of a stream; servers send one at once, so who waits longer is held back
 LONGEST_WAIT_S = 65.0  # that is waited when told so; a minute is the longest of any default limit
-ENOUGH = 3  # refusals of one request that are waited for
+ENOUGH = 5  # refusals of one request that are waited for
 TITLE = "scanwire check"
 
 
