@@ -88,8 +88,9 @@ def drop_retry_after(scope: Scope, answer: Answer) -> None:
 
 @edit
 def promise_too_short_waits(scope: Scope, answer: Answer) -> None:
-    if answer.status == 429:
-        _change_json(answer, retry_after_s=orjson.loads(answer.body)["retry_after_s"] * 0.7)
+    problem = orjson.loads(answer.body) if answer.status == 429 else {}
+    if problem.get("limit") == "submit":
+        _change_json(answer, retry_after_s=problem["retry_after_s"] * 0.7)
 
 
 async def ignore_limits(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

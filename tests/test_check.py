@@ -93,7 +93,7 @@ async def test_a_healthy_server_passes_every_check_and_nothing_is_left_behind(br
 RESUMES = {f"resume by {name}" for name in ("SSE", "NDJSON", "WebSocket", "polls")}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "no Retry-After": (faults.drop_retry_after, {}, {"read limit", "submit limit"}),
-    "waits that are too short": (faults.promise_too_short_waits, {}, {"read limit", "submit limit"}),
+    "waits that are too short": (faults.promise_too_short_waits, {}, {"submit limit"}),
     "no limits": (faults.ignore_limits, {}, {"read limit", "submit limit"}),
     "hints that do not grow": (faults.give_the_same_hint_always, {}, {"poll hints"}),
     "bad input taken": (faults.take_anything, {}, {"input validation"}),
