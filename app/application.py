@@ -172,7 +172,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                         )
                     }
                     admission.is_draining = True
-                    hub.drain(int(settings.drain_s * 1000))  # where the stop did not begin with a signal
+                    hub.parting.say_at_once(int(settings.drain_s * 1000))  # where the stop did not begin with a signal
             finally:
                 for timer in timers:
                     timer.cancel()

@@ -99,10 +99,10 @@ class Drain:
             timeout_s = max(until - time.monotonic(), 0)
             await asyncio.wait((work, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
-        await wait(resting, ends - ENDING_S - over_s)  # what is found until then is pushed yet
-        parting = asyncio.create_task(self._hub.part(over_s, first_s, last_s))
+        # What is found until then is pushed yet. A chunk that takes longer is cut off with the process, and done again.
+        await wait(resting, ends - ENDING_S - over_s)
+        parting = asyncio.create_task(self._hub.parting.say_in_turn(over_s, first_s, last_s))
         await wait(parting, ends)
-        await wait(resting, ends)
         for task in (resting, parting, hurried):
             task.cancel()
         for result in await asyncio.gather(resting, parting, return_exceptions=True):
@@ -110,7 +110,7 @@ class Drain:
                 logger.error("the drain is cut short", exc_info=result, extra={"action": "drain_failed"})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_S / 4):
-                await self._hub.part(0, first_s, last_s)  # whoever is still here
+                await self._hub.parting.say_in_turn(0, first_s, last_s)  # whoever is still here
         self._hand_on(number, max(ends - time.monotonic(), 0) + LAST_S)
 
     def _hand_on(self, number: int, within_s: float) -> None:

@@ -132,7 +132,7 @@ async def serve(
                     yield Serving(url, state.service, http)
             finally:
                 if server.started:
-                    state.service.hub.drain(0)
+                    state.service.hub.parting.say_at_once(0)
                 server.should_exit = True
                 await serving
 

@@ -233,7 +233,7 @@ async def test_at_a_drain_every_subscriber_hears_bye_and_then_the_stream_ends(tm
         hub = Hub(log)
         reading = [asyncio.create_task(collect(hub, "s_a")) for _ in range(3)]
         await until(lambda: sum(hub.statistics().subscribers.values()) == 3)
-        hub.drain(500)
+        hub.parting.say_at_once(500)
         byes = [events[-1] for events in await asyncio.gather(*reading)] + [(await collect(hub, "s_a"))[-1]]
     assert {event.type for event in byes} == {EventType.BYE}
     assert all(0 <= event.load_data()["reconnect_ms"] <= 500 for event in byes)

@@ -1,16 +1,16 @@
 """From the log to every subscriber."""
 
 import asyncio
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
-from app.core.event import Cursor, Event, EventType, make_event
+from app.core.event import Cursor, Event
 from app.log.eventlog import EventLog
 from app.push.frames import Framing
+from app.push.parting import Parting
 from app.push.puller import Puller
 from app.push.reader import Watch
 from app.push.subscriber import Pusher, Subscriber, Wire
@@ -31,14 +31,6 @@ class Channel:
         self.after = after
         self.progress = progress
         self.members: dict[Subscriber, Watch] = {}
-
-
-class Farewell(NamedTuple):
-    """When those who are sent away may come back."""
-
-    ends: float  # on the monotonic clock: until then streams are ended here, and nobody else answers
-    first_s: float  # from there, for the first
-    last_s: float  # from the end of a stream, for the last
 
 
 class HubStatistics(NamedTuple):
@@ -70,8 +62,7 @@ class Hub:
         self._subscribers: set[Subscriber] = set()
         self._wheel: list[set[Pusher]] = [set() for _ in range(SPOKES)]
         self._spokes = cycle(self._wheel)
-        self._farewell: Farewell | None = None  # set when the service drains
-        self._emptied = asyncio.Event()  # the last subscriber has left, while the service drains
+        self.parting = Parting(self._subscribers, log.now_ms)
         self._pushed: Counter[str] = Counter()  # by those who have left
         self._flushes = 0
         # From the making of the oldest durable event in a flush to the last write, in seconds.
@@ -175,13 +166,11 @@ class Hub:
 
     def _connect(self, subscriber: Subscriber) -> None:
         self._subscribers.add(subscriber)
-        if self._farewell is not None:
-            self._say_bye(subscriber, self._farewell)
+        self.parting.note_connected(subscriber)
 
     def _leave(self, subscriber: Subscriber) -> None:
         self._subscribers.discard(subscriber)
-        if not self._subscribers:
-            self._emptied.set()
+        self.parting.note_left()
         if isinstance(subscriber, Pusher):
             for spoke in self._wheel:
                 spoke.discard(subscriber)
@@ -214,42 +203,6 @@ class Hub:
                 await asyncio.sleep(every_s / SPOKES)
                 for subscriber in list(spoke):
                     subscriber.beat()
-
-    def drain(self, spread_ms: int) -> None:
-        """Says `bye` to every subscriber, now and from now on, with a `reconnect_ms` of their own up to `spread_ms`,
-        so that they do not all come back at once."""
-        self._farewell = Farewell(time.monotonic(), 0, spread_ms / 1000)
-        for subscriber in list(self._subscribers):
-            self._say_bye(subscriber, self._farewell)
-
-    async def part(self, over_s: float, first_s: float, last_s: float) -> None:
-        """Ends every stream within `over_s`, evenly one after another, and returns when all have left.
-
-        Each is told in its `bye` to come back at a moment of its own, no later than `last_s` after its end, but not
-        before `first_s` have passed since the last one was ended: until then there is nobody to come back to. Who
-        comes from now on is told so at once.
-        """
-        began = time.monotonic()
-        farewell = self._farewell = Farewell(began + over_s, first_s, last_s)
-        leaving = list(self._subscribers)
-        random.shuffle(leaving)
-        for place, subscriber in enumerate(leaving):
-            wait_s = began + over_s * place / len(leaving) - time.monotonic()
-            if wait_s > 0 or place % SLICE == 0:
-                await asyncio.sleep(max(wait_s, 0))
-            if subscriber in self._subscribers:
-                self._say_bye(subscriber, farewell)
-        while self._subscribers:
-            self._emptied.clear()
-            await self._emptied.wait()
-
-    def _say_bye(self, subscriber: Subscriber, farewell: Farewell) -> None:
-        if subscriber.is_leaving:
-            return
-        subscriber.is_leaving = True
-        first_s = max(farewell.ends - time.monotonic(), 0) + farewell.first_s
-        wait_ms = int(1000 * random.uniform(first_s, max(first_s, farewell.last_s)))
-        subscriber.close(make_event(EventType.BYE, "", 0, {"reconnect_ms": wait_ms}, self._log.now_ms()))
 
     def statistics(self) -> HubStatistics:
         subscribers, pushed = Counter[str](), self._pushed.copy()
