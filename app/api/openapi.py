@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
-from app.api import external, models, operations
+from app.api import diagnosis, external, models, operations
+from app.api.diagnosis_endpoints import ENDPOINTS as DIAGNOSIS_ENDPOINTS
 from app.api.endpoints import IF_NONE_MATCH, REF, Answer, Endpoint, Parameter, Schema, list_endpoints
 from app.api.formats import JSON
 from app.core.errors import Forbidden, InvalidRequest, KeyRequired, ScanwireError, TooLarge
@@ -72,7 +73,7 @@ _REFUSAL_HEADERS = {
 
 def make_document(settings: Settings) -> Schema:
     """The whole document for a server with these settings."""
-    endpoints = [*list_endpoints(settings), _OWN]
+    endpoints = [*list_endpoints(settings), *DIAGNOSIS_ENDPOINTS, _OWN]
     refs, schemas = _make_schemas(list_scanners())
     paths: dict[str, Schema] = {}
     for endpoint in endpoints:
@@ -110,6 +111,7 @@ def _make_schemas(scanners: Sequence[Scanner]) -> tuple[Mapping[Any, Schema], di
     wanted: list[type[BaseModel]] = [
         *models.ANSWERS,
         *operations.ANSWERS,
+        *diagnosis.ANSWERS,
         *external.MODELS,
         Submission,
         ExternalParams,
