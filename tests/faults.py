@@ -73,7 +73,8 @@ def edit(change: Callable[[Scope, Answer], None]) -> Fault:
 
 
 def _is_snapshot(scope: Scope) -> bool:
-    return scope["method"] == "GET" and scope["path"].startswith("/v1/scans/") and scope["path"].count("/") == 3
+    path: str = scope["path"]
+    return scope["method"] == "GET" and path.startswith("/v1/scans/") and path.count("/") == 3
 
 
 def _change_json(answer: Answer, **members: Any) -> None:

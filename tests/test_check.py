@@ -24,7 +24,13 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures(
 
 FASTER = 20  # the clock of the limits and the waits of the check run so many times as fast
 # As the defaults are, but for reads: those are counted in real time, and come back in it.
-LIMITS = {"submit_per_min": 2, "read_burst": 20, "read_per_s": 0.25, "connect_burst": 10, "connect_per_s": 2}
+LIMITS: dict[str, Any] = {
+    "submit_per_min": 2,
+    "read_burst": 20,
+    "read_per_s": 0.25,
+    "connect_burst": 10,
+    "connect_per_s": 2,
+}
 
 
 async def sleep(seconds: float) -> None:

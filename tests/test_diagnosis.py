@@ -213,7 +213,7 @@ async def test_refusals_are_measured(tmp_path: Path, sample_prices: Path) -> Non
 
         def is_measured(report: Any) -> bool:
             (refusals,) = (measure for measure in report["measures"] if measure["measure"] == "refusal rate")
-            return refusals["severity"] == "P1" and 0.3 < refusals["value"] < 0.9
+            return bool(refusals["severity"] == "P1" and 0.3 < refusals["value"] < 0.9)
 
         report = await until_report(serving, is_measured)
         assert report["emergency"]["is_on"] is False  # the limits hold; that is no emergency
@@ -269,7 +269,7 @@ async def test_p0_tightens_the_limits_leaves_streams_alone_and_lifts_by_itself(
 async def test_an_operator_declares_and_lifts_an_emergency_and_nobody_else_does(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    keys = {"api_keys": (f"ann:{hash_key('ann')}",), "operator_keys": (f"root:{hash_key('root')}",)}
+    keys: dict[str, Any] = {"api_keys": (f"ann:{hash_key('ann')}",), "operator_keys": (f"root:{hash_key('root')}",)}
     async with serve(tmp_path, sample_prices, **keys) as serving:
         ann, root = ({"Authorization": f"Bearer {name}"} for name in ("ann", "root"))
         switch = {"is_on": True, "reason": "a drill"}

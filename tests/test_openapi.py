@@ -18,11 +18,12 @@ from schemathesis.checks import CHECKS, load_all_checks
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from app.api import models, operations
+from app.api import diagnosis, models, operations
 from app.api.openapi import make_document, make_examples
 from app.application import create_app
 from app.core.event import EventType
 from app.core.settings import Settings, hash_key
+from app.eventstream import SseDecoder
 from app.scanners.registry import list_scanners
 from tests.serving import Serving, serve
 
@@ -200,11 +201,26 @@ async def test_every_good_answer_is_as_documented(serving: Serving) -> None:
         ("/v1/scanners", models.ScannerList),
         ("/v1/performance", operations.Performance),
         ("/v1/operations", operations.Operations),
+        ("/v1/diagnosis", diagnosis.DiagnosisReport),
         ("/healthz", operations.Health),
         ("/readyz", operations.Ready),
     ):
         model.model_validate_json(check_answer(await http.get(path), path).content, strict=True)
     check_answer(await http.get("/metrics"), "/metrics")
+
+    switch = "/v1/operations/emergency"
+    for is_on in (True, False):
+        switched = check_answer(await http.post(switch, json={"is_on": is_on}), switch)
+        diagnosis.EmergencyStatus.model_validate_json(switched.content, strict=True)
+    async with http.stream("GET", "/v1/operations/events") as stream:
+        decoder = SseDecoder()
+        frames: list[bytes] = []
+        async for piece in stream.aiter_bytes():
+            frames += decoder.feed_frames(piece)
+            if len(frames) == 2:
+                break
+    for frame in frames:
+        diagnosis.OperationsEvent.model_validate_json(frame, strict=True)
 
 
 async def test_every_refusal_is_as_documented(tmp_path: Path, prices: Path) -> None:
@@ -263,7 +279,7 @@ async def test_answers_about_keys_are_as_documented(tmp_path: Path, prices: Path
     document = make_document(Settings(**KEYS))
     async with serve(tmp_path, prices, **KEYS) as serving:
         for path in document["paths"]:
-            if "{" not in path and path != "/v1/events":
+            if "{" not in path and "get" in document["paths"][path] and path != "/v1/events":
                 without = check_answer(await serving.http.get(path), path, document)
                 assert without.status_code == (200 if path in ("/healthz", "/readyz") else 401)
         known = {"Authorization": "Bearer secret"}
@@ -356,7 +372,8 @@ def write_lines(context: Any, value: Any) -> bytes:
 
 load_all_checks()
 POSITIVE_DATA_ACCEPTANCE = CHECKS.get_one("positive_data_acceptance")
-schema = schemathesis.openapi.from_dict(narrow_ids(DOCUMENT))
+# Of those two, one never ends, and the other changes what the others are answered.
+schema = schemathesis.openapi.from_dict(narrow_ids(DOCUMENT)).exclude(path_regex="^/v1/operations/")
 schema.config.seed = 1
 
 
