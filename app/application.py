@@ -43,6 +43,7 @@ from app.observe.lookout import Lookout
 from app.observe.metrics import Metrics
 from app.observe.tally import State, Tally, Timing, read_memory
 from app.observe.watchdog import Watchdog
+from app.observe.webhook import Webhook
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
 
@@ -152,6 +153,8 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             tally = make_tally(settings, runner, hub, limits, watchdog)
             lookout = Lookout(settings, tally, limits, sessions, admission, now_ms=now_ms)
             metrics.watch_incidents(lookout)
+            webhook = Webhook(settings)
+            lookout.tell = webhook.submit
             metrics.tell_push_lag, metrics.tell_loop_lag = tally.note_push_lag, tally.note_loop_lag
             sessions.note_poll, sessions.note_stream = tally.note_poll, tally.note_connect
             runner.note_chunk, app.state.note_answer = tally.note_chunk, tally.note_answer
@@ -181,7 +184,13 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
-            endless = (reaper.run(), lookout.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag(watchdog))
+            endless = (
+                reaper.run(),
+                lookout.run(),
+                webhook.run(),
+                hub.beat(settings.heartbeat_s),
+                metrics.measure_loop_lag(watchdog),
+            )
             timers = [asyncio.create_task(work) for work in endless]
             try:
                 with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():

@@ -124,7 +124,7 @@ def look_around(url: str, state_dir: Path | None, *, is_answering: bool) -> list
         Finding(
             f"pid {orphan.pid} is a worker of a server that died: {orphan.command}",
             f"It has nobody to work for: kill {orphan.pid}",
-            True,
+            False,  # whose it was is not known
         )
         for orphan in list_orphans()
     ]

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -144,6 +144,14 @@ class Settings(BaseSettings):
     storm_connects_min: int = Field(200, ge=1, description="fewer opened streams in the window are no storm")
     incident_resolve_s: float = Field(60, gt=0, description="an incident that is not seen for so long is over")
     max_operations_events: int = Field(1000, ge=1, description="events of /v1/operations/events that are kept")
+
+    # A webhook: incidents and emergencies are posted to this address too, signed with the secret.
+    webhook_url: str | None = Field(None, pattern="^https?://", description="where to; nowhere when not set")
+    webhook_secret: SecretStr | None = Field(None, description="signs each post: `Scanwire-Signature`, HMAC-SHA-256")
+    webhook_wait_s: float = Field(10, gt=0, description="one try of one post")
+    webhook_tries: int = Field(5, ge=1, description="of one post, each twice as long after the last")
+    webhook_backoff_s: float = Field(1, gt=0, description="until the second try")
+    max_webhook_waiting: int = Field(100, ge=1, description="posts that wait; the oldest are given up first")
 
     # Emergency: while it lasts, these hold in place of the usual limits.
     emergency_calm_s: float = Field(120, gt=0, description="it is lifted after so long without anything urgent")
