@@ -198,9 +198,9 @@ async def test_memory_that_grows_is_found(tmp_path: Path, sample_prices: Path) -
 
 
 async def test_a_scanner_whose_chunks_blow_their_budget_is_found_by_name(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, target_chunk_s=0.05, **QUICK) as serving:
+    async with serve(tmp_path, sample_prices, target_chunk_s=0.5, **QUICK) as serving:
         await serving.finish((await serving.submit("gap-up"))["id"])
-        await serving.finish((await serving.submit("trial-slow", pause_ms=150))["id"])
+        await serving.finish((await serving.submit("trial-slow", pause_ms=800))["id"])
         cause = await until_cause(serving, "chunks over their budget")
         assert "trial-slow 0." in cause["evidence"]
         assert "gap-up" not in cause["evidence"]

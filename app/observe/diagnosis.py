@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from app.core.settings import Settings
-from app.observe.tally import Numbers
+from app.observe.tally import OTHERS, Numbers
 
 
 class Severity(StrEnum):
@@ -76,7 +76,7 @@ def _read_poll_share(numbers: Numbers) -> float | None:
 
 
 def _read_refusals(numbers: Numbers) -> float | None:
-    asked = len(numbers.answer_s)
+    asked = numbers.answers
     return min(1.0, sum(numbers.refused.values()) / asked) if asked >= FEW_REQUESTS else None
 
 
@@ -152,14 +152,14 @@ class Cause:
 def _top(counts: Mapping[str, int], least: int = 1) -> dict[str, int]:
     """The five who did it most."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return {client: count for client, count in ordered[:5] if count >= least}
+    return {client: count for client, count in ordered[:5] if count >= least and client != OTHERS}
 
 
 def find_aggressive_polling(numbers: Numbers, settings: Settings) -> Cause | None:
     early = {
         client: count
         for client, count in numbers.early.items()
-        if count >= settings.early_polls_max and count > numbers.polls[client] / 2
+        if client != OTHERS and count >= settings.early_polls_max and count > numbers.polls.get(client, 0) / 2
     }
     if not early:
         return None

@@ -2,17 +2,22 @@
 
 import hashlib
 import os
+import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-KEPT = 20_000  # of the latest values of each kind
+VALUES_KEPT = 50  # of each kind, in one interval
+CLIENTS_KEPT = 50  # of each kind, in one interval
+INTERVALS_KEPT = 4000
+OTHERS = "others"  # who are not counted one by one
+_CHUNK = "chunk of "
 _STATM = Path("/proc/self/statm")
 
 
@@ -39,6 +44,7 @@ class Numbers:
     scan_s: Sequence[float] = ()  # of scans that ended
     queue_wait_s: Sequence[float] = ()
     answer_s: Sequence[float] = ()  # of requests, to the head of the answer; not of long polls
+    answers: int = 0  # of which these are some
     push_lag_s: Sequence[float] = ()
     loop_lag_s: Sequence[float] = ()
     chunk_s: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by scanner
@@ -48,7 +54,6 @@ class Numbers:
     states: Sequence[State] = ()  # oldest first
     memory_bytes: Sequence[tuple[float, int]] = ()  # seconds, bytes; over the last `memory_window_s`
     memory_window_s: float = 0.0
-    cores: int = 1
     read_per_s: float = 5.0  # that the limit lets one client in with
 
     def rise(self, name: str) -> int:
@@ -64,27 +69,39 @@ class Numbers:
         return {name: count - first.get(name, 0) for name, count in last.items() if count > first.get(name, 0)}
 
 
-Value = TypeVar("Value")
+class Interval:
+    """What happened between two looks: some of the values of each kind, taken at random, and counts by client."""
 
+    __slots__ = ("counts", "seen", "values")
 
-class Window(Generic[Value]):
-    """The values of the last while, each with its moment; the oldest are dropped past KEPT."""
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.seen: Counter[str] = Counter()  # values by kind, those that were not taken too
+        self.counts: dict[str, Counter[str]] = {}  # by kind, by client
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._values: deque[tuple[float, Value]] = deque(maxlen=KEPT)
+    def note(self, kind: str, value: float) -> None:
+        values = self.values.get(kind)
+        if values is None:
+            values = self.values[kind] = []
+        self.seen[kind] += 1
+        if len(values) < VALUES_KEPT:
+            values.append(value)
+        elif (place := int(random.random() * self.seen[kind])) < VALUES_KEPT:
+            values[place] = value
 
-    def note(self, value: Value) -> None:
-        self._values.append((self._clock(), value))
+    def count(self, kind: str, client: str) -> None:
+        counts = self.counts.get(kind)
+        if counts is None:
+            counts = self.counts[kind] = Counter()
+        counts[client] += 1
 
-    def read(self, window_s: float) -> list[tuple[float, Value]]:
-        since = self._clock() - window_s
-        while self._values and self._values[0][0] < since:
-            self._values.popleft()
-        return list(self._values)
-
-    def values(self, window_s: float) -> list[Value]:
-        return [value for _, value in self.read(window_s)]
+    def close(self) -> None:
+        """Lets go of all clients but those who did most; what the others did is kept as one sum."""
+        for kind, counts in self.counts.items():
+            if len(counts) > CLIENTS_KEPT:
+                most = Counter(dict(counts.most_common(CLIENTS_KEPT)))
+                most[OTHERS] = counts.total() - most.total()
+                self.counts[kind] = most
 
 
 class Tally:
@@ -105,66 +122,81 @@ class Tally:
         self._read_state = read_state
         self._clock = clock
         self._salt = secrets.token_bytes(16)
-        self._scans: Window[tuple[float, float]] = Window(clock)
-        self._answers: Window[float] = Window(clock)
-        self._push_lags: Window[float] = Window(clock)
-        self._loop_lags: Window[float] = Window(clock)
-        self._chunks: Window[tuple[str, float]] = Window(clock)
-        self._polls: Window[tuple[str, bool]] = Window(clock)
-        self._connects: Window[str] = Window(clock)
-        self._states: Window[State] = Window(clock)
-        self._memory: Window[int] = Window(clock)
-        self.note_answer = self._answers.note
-        self.note_push_lag = self._push_lags.note
-        self.note_loop_lag = self._loop_lags.note
-        self.note_connect = self._connects.note
+        self._open = Interval()
+        self._closed: deque[tuple[float, Interval, State]] = deque(maxlen=INTERVALS_KEPT)
+        self._memory: deque[tuple[float, int]] = deque(maxlen=INTERVALS_KEPT)
+
+    def note_answer(self, seconds: float) -> None:
+        self._open.note("answer", seconds)
+
+    def note_push_lag(self, seconds: float) -> None:
+        self._open.note("push lag", seconds)
+
+    def note_loop_lag(self, seconds: float) -> None:
+        self._open.note("loop lag", seconds)
 
     def note_scan(self, queue_wait_s: float, scan_s: float) -> None:
-        self._scans.note((queue_wait_s, scan_s))
+        self._open.note("queue wait", queue_wait_s)
+        self._open.note("scan", scan_s)
 
     def note_chunk(self, scanner: str, seconds: float) -> None:
-        self._chunks.note((scanner, seconds))
+        self._open.note(f"{_CHUNK}{scanner}", seconds)
 
     def note_poll(self, client: str, is_early: bool) -> None:
-        self._polls.note((client, is_early))
+        self._open.count("poll", client)
+        if is_early:
+            self._open.count("early", client)
+
+    def note_connect(self, client: str) -> None:
+        self._open.count("connect", client)
 
     def sample(self) -> None:
-        """Takes the state of this moment."""
-        state = self._read_state()
-        self._states.note(state)
-        self._memory.note(state.memory_bytes)
+        """Takes the state of this moment; a new interval begins."""
+        now, state = self._clock(), self._read_state()
+        interval, self._open = self._open, Interval()
+        interval.close()
+        self._closed.append((now, interval, state))
+        self._memory.append((now, state.memory_bytes))
+        while self._closed[0][0] < now - self._window_s:
+            self._closed.popleft()
+        while self._memory[0][0] < now - self._memory_window_s:
+            self._memory.popleft()
 
     def hash_client(self, client: str) -> str:
         return hashlib.blake2b(client.encode(), key=self._salt, digest_size=6).hexdigest()
 
     def read(self, read_per_s: float) -> Numbers:
         """The numbers of the window that ends now."""
-        window_s = self._window_s
-        chunks: dict[str, list[float]] = {}
-        for scanner, seconds in self._chunks.values(window_s):
-            chunks.setdefault(scanner, []).append(seconds)
-        polls = self._polls.values(window_s)
-        scans = self._scans.values(window_s)
+        values: dict[str, list[float]] = {}
+        seen: Counter[str] = Counter()
+        counts: dict[str, Counter[str]] = {}
+        for interval in (*(interval for _, interval, _ in self._closed), self._open):
+            for kind, some in interval.values.items():
+                values.setdefault(kind, []).extend(some)
+            for kind, by_client in interval.counts.items():
+                counts.setdefault(kind, Counter()).update(by_client)
+            seen.update(interval.seen)
+        hashed = {kind: self._hash(by_client) for kind, by_client in counts.items()}
         return Numbers(
-            window_s=window_s,
-            scan_s=[scan_s for _, scan_s in scans],
-            queue_wait_s=[wait_s for wait_s, _ in scans],
-            answer_s=self._answers.values(window_s),
-            push_lag_s=self._push_lags.values(window_s),
-            loop_lag_s=self._loop_lags.values(window_s),
-            chunk_s=chunks,
-            polls=self._count(client for client, _ in polls),
-            early=self._count(client for client, is_early in polls if is_early),
-            connects=self._count(self._connects.values(window_s)),
-            states=self._states.values(window_s),
-            memory_bytes=self._memory.read(self._memory_window_s),
+            window_s=self._window_s,
+            scan_s=values.get("scan", ()),
+            queue_wait_s=values.get("queue wait", ()),
+            answer_s=values.get("answer", ()),
+            answers=seen["answer"],
+            push_lag_s=values.get("push lag", ()),
+            loop_lag_s=values.get("loop lag", ()),
+            chunk_s={kind.removeprefix(_CHUNK): some for kind, some in values.items() if kind.startswith(_CHUNK)},
+            polls=hashed.get("poll", {}),
+            early=hashed.get("early", {}),
+            connects=hashed.get("connect", {}),
+            states=[state for _, _, state in self._closed],
+            memory_bytes=list(self._memory),
             memory_window_s=self._memory_window_s,
-            cores=os.cpu_count() or 1,
             read_per_s=read_per_s,
         )
 
-    def _count(self, clients: Iterable[str]) -> dict[str, int]:
-        return {self.hash_client(client): count for client, count in Counter(clients).items()}
+    def _hash(self, by_client: Mapping[str, int]) -> dict[str, int]:
+        return {client if client == OTHERS else self.hash_client(client): count for client, count in by_client.items()}
 
 
 def read_memory() -> int:
