@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import mimetypes
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from app.api import diagnosis, external, operations, polling, scans, sse, websocket
+from app.api import diagnosis, external, operations, polling, prices, scans, sse, websocket
 from app.api.addresses import make_counting
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
@@ -26,7 +28,7 @@ from app.api.security import protect
 from app.api.service import Service
 from app.api.shortcuts import Shortcuts
 from app.core.scan import Scan
-from app.core.settings import Settings
+from app.core.settings import JOURNAL_NAME, Settings
 from app.drain import Drain
 from app.engine.admission import Admission
 from app.engine.external import Producers
@@ -52,9 +54,12 @@ logger = logging.getLogger(__name__)
 STATIC = next(
     path for path in (Path(__file__).parent / "static", Path(__file__).parents[1] / "static") if path.is_dir()
 )
-# A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
-GC_THRESHOLDS = (50_000, 20, 50)
+# A full collection goes through every open connection: with thousands, each one is a pause that all of them feel. So
+# is a younger one that has let too many new ones gather, as in a storm of connects.
+GC_THRESHOLDS = (2000, 5, 5000)
 SAMPLE_NAME = "sample.parquet"
+# Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
+mimetypes.add_type("text/javascript", ".js")
 
 
 def make_clock_ms(
@@ -82,6 +87,7 @@ def create_app(
         Route("/v1/scans/{id}/matches.{suffix}", scans.get_matches, methods=["GET"]),
         Route("/v1/events", sse.get_events, methods=["GET"]),
         Route("/v1/scanners", scans.list_all_scanners, methods=["GET"]),
+        Route("/v1/prices/{symbol:path}", prices.get_prices, methods=["GET"]),  # there are symbols with a slash
         Route("/v1/performance", operations.get_performance, methods=["GET"]),
         Route("/v1/operations", operations.get_operations, methods=["GET"]),
         Route("/v1/diagnosis", diagnosis.get_diagnosis, methods=["GET"]),
@@ -92,8 +98,9 @@ def create_app(
         Route("/metrics", operations.get_metrics, methods=["GET"]),
         Route("/openapi.json", make_openapi, methods=["GET"]),
         WebSocketRoute("/v1/ws", websocket.serve_websocket),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", GZipMiddleware(StaticFiles(directory=STATIC))),
         Route("/", get_page, methods=["GET"]),
+        Route("/scans/{id}", get_page, methods=["GET"]),
     ]
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
@@ -114,8 +121,8 @@ def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> R
 
 
 async def get_page(request: Request) -> Response:
-    """GET /: the start page."""
-    return FileResponse(STATIC / "index.html")
+    """GET / and /scans/{id}: the page, which looks at its own address."""
+    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 @contextlib.asynccontextmanager
@@ -125,7 +132,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     now_ms = make_clock_ms()
     metrics = Metrics()
     watchdog = Watchdog(settings.block_report_ms / 1000)
-    journal = SqliteJournal(settings.state_dir / "journal.db")
+    journal = SqliteJournal(settings.state_dir / JOURNAL_NAME, settings.durability)
     log = EventLog(
         journal,
         now_ms=now_ms,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.commands.datasets import data_app
+from app.commands.journal import journal_app
 from app.commands.operating import operating_app
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(operating_app)
+app.add_typer(journal_app, name="journal")
 
 Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server. " + ENVIRONMENT)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for pipes.")]

@@ -35,7 +35,7 @@ STREAMS_PER_S = 200  # that are ended; fewer streams than that for each second o
 BACK_S = 1.0  # at the least, over which those who were sent away come back
 ENDING_S = 0.5  # that the process takes to end when everybody has left, about
 TAKEOVER_BACK_S = (0.2, 1.0)  # first and last, when a successor waits
-LAST_S = 1.0  # beyond `drain_s`, for answers that are under way
+LAST_S = 0.5  # beyond `drain_s`, for answers that are under way
 
 
 class Drain:
@@ -109,7 +109,7 @@ class Drain:
             if isinstance(result, Exception):
                 logger.error("the drain is cut short", exc_info=result, extra={"action": "drain_failed"})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_S / 4):
+            async with asyncio.timeout(LAST_S / 2):
                 await self._hub.parting.say_in_turn(0, first_s, last_s)  # whoever is still here
         self._hand_on(number, max(ends - time.monotonic(), 0) + LAST_S)
 
@@ -121,7 +121,7 @@ class Drain:
         if server is not None:
             logging.getLogger("uvicorn.error").addFilter(_is_news)
             given_s = server.config.timeout_graceful_shutdown  # without one, it waits for any open request for ever
-            within_s = LAST_S / 2 if self._hurried.is_set() else within_s
+            within_s = LAST_S if self._hurried.is_set() else within_s
             server.config.timeout_graceful_shutdown = min(within_s, given_s or within_s)  # type: ignore[assignment]
         if callable(earlier):
             earlier(number, None)
@@ -138,7 +138,7 @@ class Drain:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=LAST_S / 4)  # first: they cannot write to a transport that is gone
+            await asyncio.wait(tasks, timeout=LAST_S / 2)  # first: they cannot write to a transport that is gone
         for connection in list(server.server_state.connections):
             connection.transport.abort()
 

@@ -85,6 +85,7 @@ async def serve(
     state_dir: Path,
     prices: Path,
     *,
+    port: int = 0,
     send_buffer: int | None = None,
     tls: Tls | None = None,
     wrap: Callable[[Any], Any] = lambda app: app,
@@ -100,7 +101,8 @@ async def serve(
     with socket.socket() as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         options: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
         if tls is not None:

@@ -456,9 +456,10 @@ async def test_every_labelled_metric_is_there_from_the_first_moment_and_never_go
 
 async def test_the_start_page_and_its_parts_are_served_under_a_strict_policy(serving: Serving) -> None:
     page = await serving.http.get("/")
-    assert "<h1>Scanwire</h1>" in page.text
+    assert "<title>Scanwire</title>" in page.text
+    assert (await serving.http.get("/scans/any")).text == page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for part in ("/static/scanwire.css", "/static/icon.svg"):
+    for part in ("/static/page.css", "/static/icon.svg"):
         assert (await serving.http.get(part)).status_code == 200
 
 

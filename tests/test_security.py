@@ -243,13 +243,15 @@ async def test_without_a_known_key_nothing_opens_once_keys_are_set(headers: dict
     assert response.headers["www-authenticate"].startswith("Bearer")
 
 
-@pytest.mark.parametrize("path", ["/", "/static/app.js", "/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/", "/scans/s_1", "/static/app.js", "/healthz", "/readyz"])
 async def test_the_page_and_the_probes_need_no_key(path: str) -> None:
     assert (await ask(path, settings=KEYS)).status_code == 200
     assert (await ask(path, settings=KEYS, x_api_key="wrong")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/static-not", "/healthz/x", "/metrics", "/openapi.json", "//"])
+@pytest.mark.parametrize(
+    "path", ["/static-not", "/scans-not", "/v1/scans/s_1", "/healthz/x", "/metrics", "/openapi.json", "//"]
+)
 async def test_everything_else_needs_a_key(path: str) -> None:
     check_problem(await ask("http://localhost" + path, settings=KEYS), 401)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from app.api import external, models, operations, polling, scans, sse
+from app.api import external, models, operations, polling, prices, scans, sse
 from app.api.formats import CSV, JSON, NDJSON, PARQUET, SSE
 from app.core.errors import (
     AtCapacity,
@@ -21,12 +21,15 @@ from app.core.errors import (
     InvalidRequest,
     JournalUnavailable,
     NotAcceptable,
+    PricesChanged,
+    PricesError,
     RateLimited,
     ScanwireError,
     SlowRequest,
     TokenRequired,
     Trimmed,
     UnknownScan,
+    UnknownSymbol,
     UnsupportedMedia,
 )
 from app.core.settings import Settings
@@ -81,6 +84,7 @@ LIMITED = ("RateLimit-Policy", "RateLimit")
 # Parameters
 
 _SCAN_ID = {"type": "string", "pattern": models.SCAN_ID}
+_DAY = {"type": "string", "format": "date"}
 _CURSOR_OR_NONE = {"type": "string", "pattern": f"^$|{models.CURSOR}"}  # an empty one is none
 ID = Parameter(name="id", place="path", schema=_SCAN_ID, text="Id of a scan.", required=True)
 AFTER = Parameter(
@@ -322,6 +326,31 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             summary="What can be scanned for",
             answers={200: Answer(text="Every scanner.", content={JSON: models.ScannerList}, headers=LIMITED)},
             refusals=(RateLimited,),
+        ),
+        Endpoint(
+            method="get",
+            path="/v1/prices/{symbol}",
+            handler=prices.get_prices,
+            summary="Prices of one symbol",
+            text="Those around a day, or from `start` to `end`, as columns. Rows that cannot be believed are left out.",
+            parameters=[
+                Parameter(name="symbol", place="path", schema={"type": "string"}, text="AAPL.", required=True),
+                Parameter(name="around", place="query", schema=_DAY, text="The day in the middle; `days` rows come."),
+                Parameter(
+                    name="days",
+                    place="query",
+                    schema={"type": "integer", "minimum": 1, "maximum": settings.max_price_rows},
+                    text=f"Rows around the day; {prices.DAYS_DEFAULT} when not given.",
+                ),
+                Parameter(name="start", place="query", schema=_DAY, text="The first day."),
+                Parameter(name="end", place="query", schema=_DAY, text="The last day; `next` says what did not fit."),
+                IF_NONE_MATCH,
+            ],
+            answers={
+                200: Answer(text="Oldest first.", content={JSON: models.Prices}, headers=("ETag", *LIMITED)),
+                304: Answer(text="Nothing has changed.", headers=("ETag", *LIMITED)),
+            },
+            refusals=(UnknownSymbol, InvalidParams, RateLimited, AtCapacity, PricesChanged, PricesError),
         ),
         Endpoint(
             method="get",

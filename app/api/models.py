@@ -338,6 +338,26 @@ class Matches(Wire):
     rows: Rows
 
 
+class PriceColumns(Wire):
+    """Of equal length, oldest day first."""
+
+    date: list[datetime.date]
+    open: list[float]
+    high: list[float]
+    low: list[float]
+    close: list[float]
+    volume: list[int]
+
+
+class Prices(Wire):
+    symbol: str
+    data_version: DataVersion
+    is_synthetic: Annotated[bool, Field(description="invented: to be marked wherever they are shown")]
+    columns: PriceColumns
+    left_out: Annotated[list[str], Field(description="why rows of these days cannot be believed")]
+    next: Annotated[datetime.date | None, Field(description="the first day that did not fit: the next `start`")]
+
+
 class ScannerInfo(Wire):
     name: str
     title: str
@@ -363,5 +383,6 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     EventsPage,
     ScanList,
     Matches,
+    Prices,
     ScannerList,
 )

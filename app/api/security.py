@@ -88,8 +88,8 @@ class Security:
       name, since probes ask by address.
     - **Origin**: a WebSocket of a browser must come from the server's own pages or `allowed_origins` (403). So must
       whatever changes state or opens a stream: by Sec-Fetch-Site, else by Origin. Who sends neither is no browser.
-    - **Key**: with `api_keys` set, one is necessary everywhere but on /, /static, /healthz and /readyz (401), where
-      keys are not looked at. If any key is set, a wrong one is refused rather than ignored. It travels as
+    - **Key**: with `api_keys` set, one is necessary everywhere but on /, /scans/{id}, /static, /healthz and /readyz
+      (401), where keys are not looked at. If any key is set, a wrong one is refused rather than ignored. It travels as
       `Authorization: Bearer KEY`, `X-API-Key: KEY` or, for WebSockets, as one more subprotocol `scanwire.key.KEY`.
     - **/v1/operations** and /v1/diagnosis need an operator key (403). When no key at all is set, they are open to a
       loopback peer that asks by a loopback name and does not come through a proxy.
@@ -344,7 +344,7 @@ def _route_path(scope: Scope) -> str:
 
 def _is_public(path: str) -> bool:
     """A page that asks for a key must itself load without one, and probes have none."""
-    return path in ("/", "", "/healthz", "/readyz", "/static") or path.startswith("/static/")
+    return path in ("/", "", "/healthz", "/readyz", "/static") or path.startswith(("/static/", "/scans/"))
 
 
 def _host_name(host: str) -> str | None:

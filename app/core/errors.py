@@ -7,7 +7,8 @@
     ├── TokenRequired               401  the token of a scan's producer is needed
     ├── Forbidden                   403  known, but not allowed
     ├── NotFound                    404  no such address
-    │   └── UnknownScan             404  no scan has this id (any more)
+    │   ├── UnknownScan             404  no scan has this id (any more)
+    │   └── UnknownSymbol           404  the price file has no such symbol
     ├── WrongMethod                 405  the address exists, the method does not
     ├── NotAcceptable               406  none of the formats asked for can be given
     ├── SlowRequest                 408  a head or a body that trickles
@@ -27,7 +28,8 @@
     │   ├── ScannerError
     │   ├── PricesChanged
     │   ├── ProducerFailed
-    │   └── ProducerLost
+    │   ├── ProducerLost
+    │   └── EventsLost
     ├── PricesError                      a price file that cannot be used
     └── WrongState                       a bug: a state change that the design forbids
 
@@ -141,6 +143,11 @@ class UnknownScan(NotFound):
         super().__init__(
             f"No scan {scan_id[:64]!r} is kept here. It may be past its retention; submit it again.",
         )
+
+
+class UnknownSymbol(NotFound):
+    type = "urn:scanwire:problem:unknown-symbol"
+    title = "No such symbol"
 
 
 class WrongMethod(ScanwireError):
@@ -281,6 +288,11 @@ class ProducerFailed(ScanFailed):
 class ProducerLost(ScanFailed):
     type = "urn:scanwire:problem:producer-lost"
     title = "The producer was silent for too long"
+
+
+class EventsLost(ScanFailed):
+    type = "urn:scanwire:problem:events-lost"
+    title = "Events of the scan were lost with a damaged journal"
 
 
 class PricesError(ScanwireError):

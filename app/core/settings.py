@@ -18,6 +18,7 @@ def _state_dir() -> Path:
 
 
 PREFIX = "SCANWIRE_"
+JOURNAL_NAME = "journal.db"  # in the state directory
 # What else may be in the environment: of the commands that talk to a server, of the tests, and what Kubernetes and
 # Docker set for a service that is called scanwire.
 _NOT_SETTINGS = re.compile(rf"{PREFIX}(URL|API_KEY|TEST_.*|(.+_)?(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP))(_.*)?)")
@@ -57,7 +58,14 @@ class Settings(BaseSettings):
     max_row_bytes: int = Field(16_384, ge=16, description="one match row of a producer, as JSON")
     max_rows_bytes: int = Field(64 * 2**20, ge=16, description="match rows kept for one external scan, as JSON")
 
+    # Prices for charts.
+    max_price_rows: int = Field(2000, ge=1, description="price rows in one answer")
+    price_wait_s: float = Field(10, gt=0, description="reading prices for an answer may take so long, then is refused")
+
     # What is kept.
+    durability: Literal["process", "power"] = Field(
+        "process", description="what a commit outlives: the process, or a power cut too (a flush of the disk each)"
+    )
     retention_s: float = Field(3600, gt=0, description="events and matches are kept this long after the end")
     tombstone_s: float = Field(86_400, ge=0, description="the end and snapshot are kept this much longer")
     max_scans_kept: int = Field(10_000, ge=1, description="finished scans kept; the oldest go first")
@@ -102,7 +110,8 @@ class Settings(BaseSettings):
     batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
     high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
     stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
-    long_poll_max_s: float = Field(60, gt=0)
+    # Proxies, nginx among them, give an answer 60 s to begin.
+    long_poll_max_s: float = Field(50, gt=0, description="a long poll is held open for this long at the most")
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")
 

@@ -110,6 +110,7 @@ class Admission:
         self._plan_whole = lru_cache(maxsize=8)(partial(plan_chunks, store, None))
         self._same: dict[str, str] = {}  # same_key -> the scan that answers it
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
+        self._endings: set[asyncio.Task[None]] = set()  # of scans that a restart found, not committed yet
         self.is_draining = False
         self.is_emergency = False
         self.back_s = settings.drain_s  # while it drains: when scans are likely to be taken again
@@ -219,7 +220,7 @@ class Admission:
         if self.is_draining:
             raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=self.back_s)
         if self._log.fault is not None:
-            raise JournalUnavailable(f"{self._log.fault} No scan can be accepted until it can.", retry_after_s=10)
+            raise JournalUnavailable(f"{self._log.fault} No scan is accepted meanwhile.", retry_after_s=10)
         if self.is_emergency and cost_rows is not None and cost_rows > settings.heavy_rows:
             raise AtCapacity(
                 f"The server is in an emergency and takes no heavy scan: this one reads {cost_rows:,} rows, and "
@@ -340,13 +341,19 @@ class Admission:
         self._plan_whole(self._settings.chunk_rows)  # now, rather than in the first request
         list_scanners()
         now, now_ms = self._clock(), self._log.now_ms()
+        endings = []
         for scan in reversed(list(self._log.list_scans())):
             self._remember(scan.client, scan.idempotency, scan.id, now - (now_ms - scan.created_ts) / 1000)
             is_joinable = scan.state is State.COMPLETED or not scan.state.is_terminal
             if scan.producer is None and (is_joinable or self._find_same(scan.same_key) is None):
                 self._same[scan.same_key] = scan.id
             if not scan.state.is_terminal:
-                await self._take_up_unfinished(scan)
+                endings.append(asyncio.create_task(self._take_up_unfinished(scan)))
+        if endings:
+            # A journal that cannot be written holds up what these scans come to, not the start.
+            done, self._endings = await asyncio.wait(endings, timeout=self._settings.commit_wait_s)
+            for ending in done:
+                ending.result()
 
     async def _take_up_unfinished(self, scan: Scan) -> None:
         if scan.producer is not None:

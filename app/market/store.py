@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import tempfile
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -205,16 +207,64 @@ def read_rows(path: Path, slices: Sequence[Slice], stamp: str | None = None) -> 
     two reasons counts for both. Raises PricesChanged when the file is not the one that `stamp` was read from, and
     PricesError when it cannot be read.
     """
+    return drop_bad_rows(_read(path, slices, stamp))
+
+
+def _read(path: Path, slices: Sequence[Slice], stamp: str | None) -> pl.DataFrame:
     merged = list(_merge(slices))
     lazy = pl.scan_parquet(path).select(COLUMNS)
     try:
         if stamp is not None and read_stamp(path) != stamp:
             raise PricesChanged("The price file was replaced while the scan ran. Submit the scan again.")
         pieces = [lazy.slice(offset, rows).collect() for offset, rows in merged]
-        frame = (pl.concat(pieces) if pieces else SCHEMA.to_frame()).cast(SCHEMA)
+        return (pl.concat(pieces) if pieces else SCHEMA.to_frame()).cast(SCHEMA)
     except (pl.exceptions.PolarsError, OSError, pl.exceptions.PanicException) as error:
         raise _unreadable(path, error) from None
-    return drop_bad_rows(frame)
+
+
+def find_symbol(store: Store, symbol: str) -> SymbolRows | None:
+    """Where the rows of a symbol lie; None when the file does not hold it."""
+    place = bisect_left(store.symbols, symbol, key=lambda entry: entry.symbol)
+    entry = store.symbols[place] if place < len(store.symbols) else None
+    return entry if entry is not None and entry.symbol == symbol else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Days:
+    """Which rows of a symbol are asked for, at most `rows` of them: those around a day, or from one day to another."""
+
+    rows: int
+    around: date | None = None
+    start: date | None = None
+    end: date | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SymbolPrices:
+    columns: dict[str, list[Any]]  # dates as YYYY-MM-DD, volume in whole shares
+    left_out: list[str]  # why rows of these days cannot be believed
+    next: str | None  # the first day that did not fit
+
+
+def read_days(path: Path, stamp: str, entry: SymbolRows, days: Days) -> SymbolPrices:
+    """The believable rows of one symbol on these days, oldest first. Raises as `read_rows` does."""
+    frame = _read(path, [(entry.offset, entry.rows)], stamp)
+    dates = frame["date"].to_list()
+    if days.around is not None:
+        # As many before the day as from it on; at either end of the history, fewer.
+        first = bisect_left(dates, days.around) - days.rows // 2
+        first, last = max(first, 0), first + days.rows
+    else:
+        first = bisect_left(dates, days.start) if days.start else 0
+        last = bisect_right(dates, days.end) if days.end else frame.height
+    following = dates[first + days.rows] if days.around is None and last > first + days.rows else None
+    chosen, skipped = drop_bad_rows(frame[first : min(last, first + days.rows)])
+    table = chosen.select(pl.col("date").dt.to_string("iso"), *PRICES, pl.col("volume").round().cast(pl.Int64))
+    return SymbolPrices(
+        columns=table.to_dict(as_series=False),
+        left_out=[one.reason for one in skipped],
+        next=None if following is None else following.isoformat(),
+    )
 
 
 def _merge(slices: Sequence[Slice]) -> Iterator[Slice]:

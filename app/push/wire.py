@@ -91,9 +91,9 @@ class Connection(Guard):
     def is_streaming(self) -> bool:
         return self._drained is not None
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def end_connection(self, exc: Exception | None) -> None:
         self.finish()
-        super().connection_lost(exc)
+        super().end_connection(exc)
 
 
 class HttpConnection(Connection, HttpGuard):

@@ -81,6 +81,14 @@ class Server:
         assert not any("Traceback" in line for line in self.said), "".join(self.said)
         return code, seconds
 
+    async def kill(self) -> None:
+        """Ends it for certain, if it still runs."""
+        if self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+        if self._reading is not None:
+            await self._reading
+
 
 async def spawn(port: int, environment: dict[str, str], *words: str) -> Server:
     """Starts a server; it is not ready yet."""
@@ -101,8 +109,4 @@ async def started(port: int, environment: dict[str, str], *words: str) -> AsyncI
         await server.until_ready()
         yield server
     finally:
-        if server.process.returncode is None:
-            server.process.kill()
-            await server.process.wait()
-        if server._reading is not None:
-            await server._reading
+        await server.kill()

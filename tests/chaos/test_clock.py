@@ -117,6 +117,7 @@ def test_the_wall_clock_is_read_where_nothing_else_will_do_and_nowhere_else() ->
     }
     assert found == {
         "app/application.py": 1,  # once at the start: what time it is
+        "app/commands/journal.py": 2,  # the date of a salvage, by which files are named
         "app/commands/listings.py": 1,  # when a scan was made, shown in local time
         "app/follow.py": 1,  # a date in Retry-After
         "app/log/lock.py": 1,  # since when a lock is held, for people

@@ -192,10 +192,11 @@ async def test_a_download_that_is_taken_too_slowly_is_cut_off(tmp_path: Path, sa
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED, *[PART] * 1000, ended(State.COMPLETED))
         await peer.ask("/v1/scans/s_a/matches")
         body = await peer.read_exactly(100)
-        with contextlib.suppress(EOFError, ConnectionError):
-            while some := await peer.read_some(1000):
-                body += some
-                await asyncio.sleep(0.01)  # slow, as this is what it is about
+        async with asyncio.timeout(20):
+            with contextlib.suppress(EOFError, ConnectionError):
+                while some := await peer.read_some(100):
+                    body += some
+                    await asyncio.sleep(0.01)  # slow, as this is what it is about
         assert not body.endswith(b"\r\n0\r\n\r\n")
 
 

@@ -29,7 +29,7 @@ async def take_over(port: int, environment: dict[str, str], *words: str) -> Serv
     try:
         await server.until_said('"ready"')
     except BaseException:
-        server.process.kill()
+        await server.kill()
         raise
     return server
 
@@ -37,7 +37,10 @@ async def take_over(port: int, environment: dict[str, str], *words: str) -> Serv
 async def refuse(port: int, environment: dict[str, str], *words: str) -> str:
     """What a start says that is refused."""
     server = await spawn(port, environment, *words)
-    code, _ = await server.ended()
+    try:
+        code, _ = await server.ended()
+    finally:
+        await server.kill()
     assert code == 2
     return "".join(line for line in server.said if not line.startswith("{"))
 
@@ -87,6 +90,7 @@ async def test_a_rolling_restart_under_load_loses_no_event_and_nobody_is_away_fo
             for _ in range(3):
                 began = time.monotonic()
                 successor = await take_over(port, environment)
+                stack.push_async_callback(successor.kill)
                 code, _ = await server.ended()
                 assert code == 0
                 server = successor
@@ -240,6 +244,7 @@ async def test_the_server_of_uvicorns_own_command_is_taken_over_as_well(
         finally:
             successor.process.send_signal(signal.SIGTERM)
             code, _ = await successor.ended()
+            await successor.kill()
     assert code == 0
     for follower in followers:
         assert_whole(follower.events, scan)
@@ -250,7 +255,7 @@ async def test_there_is_one_successor_and_it_waits_no_longer_than_it_may(
     tmp_path: Path, sample_prices: Path, gate: Gate
 ) -> None:
     port = find_port()
-    environment = make_environment(tmp_path, sample_prices, drain_s=30, chunk_rows=1, takeover_wait_s=3)
+    environment = make_environment(tmp_path, sample_prices, drain_s=30, chunk_rows=1, takeover_wait_s=8)
     async with started(port, environment) as server:
         scan = await submit_running(server, "trial-gated", gate=str(gate.path))
         follower = Follower(port, [scan], "sse")
@@ -262,7 +267,7 @@ async def test_there_is_one_successor_and_it_waits_no_longer_than_it_may(
         assert "Another process is taking over" in said
         said = await first
         assert f"pid {server.process.pid}" in said
-        assert "still holds the state directory after 3 s" in said
+        assert "still holds the state directory after 8 s" in said
         # It was asked, and ends when its work is at a checkpoint; until then its streams go on.
         assert follower.is_connected.is_set()
         gate.open()

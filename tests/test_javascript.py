@@ -1,0 +1,87 @@
+"""The browser client: its types, its tests in Node (tests/node) against real servers, and how it is served."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.serving import serve
+
+ROOT = Path(__file__).parents[1]
+STATIC = ROOT / "static"
+MODULES = sorted([STATIC / "scanwire.js", *(STATIC / "scanwire").glob("*.js")])
+TESTS = sorted((ROOT / "tests" / "node").glob("*.test.mjs"))
+# Where npm packages are kept between runs.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scanwire-test"
+NODE_MIN = (20, 18)  # with both flags; from 22 on WebSocket needs none
+NODE_FLAGS = ("--experimental-websocket", "--experimental-eventsource", "--no-warnings")
+MAX_SCRIPT_BYTES = 100_000
+TSC_FLAGS = (
+    "--noEmit --strict --allowJs --checkJs --noUnusedLocals --noUnusedParameters --noImplicitReturns "
+    "--target es2024 --module esnext --moduleResolution bundler --lib es2024,dom,dom.iterable,dom.asynciterable"
+).split()
+
+
+def run(*command: str | Path, timeout_s: float, **env: str) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | env, timeout=timeout_s, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def require_node() -> None:
+    version = run("node", "--version", timeout_s=30) if shutil.which("node") else ""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    least = ".".join(map(str, NODE_MIN))
+    require(numbers >= NODE_MIN, f"Node {least} or newer; there is {version.strip() or 'none'}")
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name.partition(".")[0])
+def test_the_client_passes_its_tests_in_node(path: Path, tmp_path: Path, sample_prices: Path) -> None:
+    require_node()
+    # Node ends a run that takes too long itself, and its servers with it.
+    command = ("node", *NODE_FLAGS, "--test", "--test-reporter=spec", "--test-timeout=570000", path)
+    env = {"SCANWIRE_TEST_PYTHON": sys.executable, "SCANWIRE_PRICES": str(sample_prices), "TMPDIR": str(tmp_path)}
+    run(*command, timeout_s=600, **env)
+
+
+def test_the_types_of_the_client_hold_strictly() -> None:
+    require(bool(shutil.which("npm") and shutil.which("node")), "npm and node, for TypeScript")
+    tsc = CACHE / "node_modules" / ".bin" / "tsc"
+    if not tsc.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        run("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", CACHE, "typescript@7", timeout_s=300)
+    for module in MODULES:
+        assert module.read_text().startswith("// @ts-check\n"), module.name
+    run(tsc, *TSC_FLAGS, *MODULES, STATIC / "scanwire.d.ts", timeout_s=120)
+
+
+def test_the_client_is_one_import_and_small() -> None:
+    """Nothing is loaded from elsewhere, and every module is reached from the one that is public."""
+    reached: set[Path] = set()
+    waiting = [STATIC / "scanwire.js"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            named = re.findall(r'(?:from|import|new URL\() ?"([^"]+)"', re.sub(r"/\*.*?\*/", "", module.read_text()))
+            assert all(name.startswith("./") for name in named), f"{module.name}: {named}"
+            waiting += [(module.parent / name).resolve() for name in named]
+    assert sorted(reached) == MODULES
+    assert sum(module.stat().st_size for module in MODULES) < MAX_SCRIPT_BYTES
+
+
+async def test_the_client_is_served_as_modules_that_may_connect(tmp_path: Path, sample_prices: Path) -> None:
+    """A worker has the policy that its script came with, so a script must have that of pages."""
+    async with serve(tmp_path, sample_prices) as serving:
+        for module in MODULES:
+            answer = await serving.http.get(f"/static/{module.relative_to(STATIC)}")
+            assert answer.status_code == 200, module
+            assert answer.headers["content-type"].startswith("text/javascript"), module
+            assert "connect-src 'self'" in answer.headers["content-security-policy"], module
