@@ -167,23 +167,6 @@ async def test_a_network_that_goes_and_comes_back_costs_no_row(browser: Browser,
     await relay.cut()
 
 
-async def test_a_tab_that_is_frozen_and_thawed_has_missed_nothing(browser: Browser, serving: Serving) -> None:
-    producer = await Producer.start(serving.url)
-    await producer.post_rows(20)
-    async with profile(browser) as context:
-        page = await context.new_page()
-        await page.goto(f"{serving.url}/scans/{producer.id}")
-        await wait_for_rows(page, 20)
-        await page.evaluate("document.addEventListener('freeze', () => (globalThis.wasFrozen = true))")
-        devtools = await context.new_cdp_session(page)
-        await devtools.send("Page.setWebLifecycleState", {"state": "frozen"})
-        await producer.post_rows(30)
-        await devtools.send("Page.setWebLifecycleState", {"state": "active"})
-        await producer.post_rows(30)
-        await check_table(page, producer)
-        assert await page.evaluate("wasFrozen")
-
-
 async def test_a_thousand_rows_a_second_hold_up_nothing_and_shift_nothing(browser: Browser, serving: Serving) -> None:
     producer = await Producer.start(serving.url)
     await producer.post_rows(100, value=0.5, date="2010-01-15")
