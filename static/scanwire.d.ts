@@ -51,7 +51,7 @@ export interface ConnectOptions {
 
 export type Transport = "fetch" | "websocket" | "eventsource" | "poll";
 
-/** Time in milliseconds, from any start. */
+/** Time in milliseconds from any moment on. */
 export interface Clock {
   now(): number;
   setTimeout(callback: () => void, ms: number): unknown;
@@ -134,6 +134,8 @@ export interface Scan extends AsyncIterable<ScanEvent> {
   readonly progress: Progress | null;
   /** How the scan ended, once it has. */
   readonly end: End | null;
+  /** What ended the watching too early, if anything did. */
+  readonly error: Error | null;
   /**
    * Calls back for each event of a type, in order, once each. "matches" gives the rows and the event, "event" every
    * event, "error" what ended the watching too early. After "reset" everything that is kept of the scan comes again.

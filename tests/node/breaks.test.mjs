@@ -53,6 +53,7 @@ for (const transport of TRANSPORTS) {
       proxy.cut();
       await production.find(1);
     }
+    assert.match(proxy.requests.filter(isStream).at(-1), /after=[a-z0-9]+-\d+/);
     await check();
   });
 
@@ -131,7 +132,7 @@ test("a proxy that buffers is found out after two seconds, and the next transpor
   const { scanwire, find, check } = await follow(t, proxy.url);
   await find(1);
   const took = performance.now() - began;
-  assert.ok(took > 1900 && took < 2700, `it took ${took} ms`);
+  assert.ok(took > 1900 && took < 3500, `it took ${took} ms`);
   assert.equal(scanwire.state.transport, "websocket");
   await find(2);
   await check();
@@ -160,7 +161,7 @@ test("where neither streams nor WebSockets get through, it polls, and wastes no 
   const began = performance.now();
   const { scanwire, find, check } = await follow(t, proxy.url);
   await find(1);
-  assert.ok(performance.now() - began < 2900);
+  assert.ok(performance.now() - began < 3900);
   assert.equal(scanwire.state.name, "polling");
   await find(2);
   await check();

@@ -178,6 +178,7 @@ test("order: each durable event is new once, and a hole is a gap", () => {
     assert.equal(position.judge(durable(seq)), "old");
   }
   assert.equal(position.judge(durable(1)), "old");
+  assert.equal(position.judge(durable(3, 99)), "old");
   assert.equal(position.judge(durable(5)), "gap");
   assert.deepEqual([position.judge(progress(3)), position.judge(progress(2))], ["new", "old"]);
   assert.equal(position.cursor, "test-30");

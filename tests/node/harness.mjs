@@ -23,6 +23,7 @@ const GENEROUS = {
   MAX_STREAMS_PER_CLIENT: 1000,
   DRAIN_S: 0.05,
   RETRY_MS: 0,
+  WORKERS: 1,
 };
 
 export async function findPort() {
@@ -32,6 +33,14 @@ export async function findPort() {
   server.close();
   return port;
 }
+
+// A run that takes too long is ended by a signal, before any test could stop its servers.
+const servers = new Set();
+const stopAll = () => {
+  for (const server of servers) server.process.kill("SIGKILL");
+};
+process.once("exit", stopAll);
+process.once("SIGTERM", () => process.exit(1));
 
 /** A server that can be killed and started again on the same state. */
 export class Server {
@@ -51,6 +60,7 @@ export class Server {
     const command = ["-m", "app", "serve", "--port", `${this.port}`];
     this.process = spawn(process.env.SCANWIRE_TEST_PYTHON ?? "python3", command, { env, stdio: "ignore" });
     this.exited = once(this.process, "exit");
+    servers.add(this);
     await until(() => this.isReady(), 30_000);
   }
 
@@ -66,6 +76,7 @@ export class Server {
 
   async stop() {
     if (this.process.exitCode === null && this.process.signalCode === null) await this.kill();
+    servers.delete(this);
     rmSync(this.stateDir, { recursive: true, force: true });
   }
 
