@@ -19,7 +19,7 @@ from tests.browser.pages import (
     WAIT_MS,
     Producer,
     Relay,
-    fetch_axe,
+    fetch,
     launch,
     profile,
     read_table,
@@ -31,7 +31,6 @@ from tests.test_cli import find_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-MAX_SCRIPT_BYTES = 100_000
 TABS = 12
 # Long tasks and layout shifts from now on.
 OBSERVE = """() => {
@@ -211,7 +210,7 @@ async def test_a_hundred_thousand_rows_are_a_few_elements(browser: Browser, serv
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 360)])
 async def test_axe_finds_nothing_wrong(browser: Browser, serving: Serving, scheme: Any, width: int) -> None:
-    axe = fetch_axe()
+    axe = fetch("axe-core", "axe-core/axe.min.js").read_text()
     async with profile(browser, color_scheme=scheme, viewport={"width": width, "height": 800}) as context:
         page = await context.new_page()
 
@@ -239,20 +238,3 @@ async def test_axe_finds_nothing_wrong(browser: Browser, serving: Serving, schem
         await page.locator("#grid .grid-body [role=row]:visible").nth(1).click()
         await expect(page.locator("#chart [role=slider]")).to_be_visible()
         await look()
-
-
-async def test_the_script_of_the_page_is_small(browser: Browser, serving: Serving) -> None:
-    async with profile(browser) as context:
-        page = await context.new_page()
-        sizes: list[asyncio.Task[dict[str, int]]] = []
-        page.on(
-            "requestfinished",
-            lambda request: (
-                sizes.append(asyncio.ensure_future(request.sizes())) if request.url.endswith(".js") else None
-            ),
-        )
-        await page.goto(f"{serving.url}/")
-        await expect(page.locator("#field-where")).to_be_visible()
-        sent = [(await size)["responseBodySize"] for size in sizes]
-        assert len(sent) > 15
-        assert sum(sent) < MAX_SCRIPT_BYTES
