@@ -5,13 +5,11 @@ import contextlib
 import gc
 import logging
 import mimetypes
-import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from ipaddress import ip_network
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from starlette.applications import Starlette
@@ -29,7 +27,8 @@ from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
 from app.api.shortcuts import Shortcuts
-from app.core.settings import Settings
+from app.core.settings import JOURNAL_NAME, Settings
+from app.drain import Drain
 from app.engine.admission import Admission
 from app.engine.external import Producers
 from app.engine.limits import Limits
@@ -38,9 +37,11 @@ from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.engine.worker import inspect_prices
 from app.log.eventlog import EventLog
+from app.log.lock import StateLock
 from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.metrics import Metrics
+from app.observe.watchdog import Watchdog
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
 
@@ -49,8 +50,9 @@ logger = logging.getLogger(__name__)
 STATIC = next(
     path for path in (Path(__file__).parent / "static", Path(__file__).parents[1] / "static") if path.is_dir()
 )
-# A collection goes through every open connection: with thousands, each one is a pause that all of them feel.
-GC_THRESHOLDS = (50_000, 20, 50)
+# A full collection goes through every open connection: with thousands, each one is a pause that all of them feel. So
+# is a younger one that has let too many new ones gather, as in a storm of connects.
+GC_THRESHOLDS = (2000, 5, 5000)
 SAMPLE_NAME = "sample.parquet"
 # Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
 mimetypes.add_type("text/javascript", ".js")
@@ -64,8 +66,14 @@ def make_clock_ms(
     return lambda: int((offset + clock()) * 1000)
 
 
-def create_app(settings: Settings | None = None) -> ASGIApp:
-    """The ASGI application. Settings come from the environment when none are given."""
+def create_app(
+    settings: Settings | None = None, *, take_over: Callable[[StateLock], Awaitable[None]] | None = None
+) -> ASGIApp:
+    """The ASGI application. Settings come from the environment when none are given.
+
+    With `take_over` everything is made ready that another process on the same state directory need not end for; then
+    it is called, and returns with the lock.
+    """
     settings = settings or Settings()
     routes = [
         _route("/v1/scans", GET=scans.list_scans, POST=scans.submit_scan),
@@ -89,6 +97,7 @@ def create_app(settings: Settings | None = None) -> ASGIApp:
     ]
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
+    app.state.take_over = take_over
     app.state.snapshots = polling.SnapshotCache()
     return protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
 
@@ -113,17 +122,23 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     settings: Settings = app.state.settings
     now_ms = make_clock_ms()
     metrics = Metrics()
+    watchdog = Watchdog(settings.block_report_ms / 1000)
+    journal = SqliteJournal(settings.state_dir / JOURNAL_NAME, settings.durability)
     log = EventLog(
-        SqliteJournal(settings.state_dir / "journal.db"),
+        journal,
         now_ms=now_ms,
         memory_bytes=settings.log_memory_bytes,
         progress_per_s=settings.progress_per_s,
     )
-    await log.open()
+    if app.state.take_over is None:
+        await log.open()
     try:
         async with Runner(settings, log, clock=time.monotonic) as runner:
             await runner.pool.warm_up()
             store = await runner.pool.call(inspect_prices, await _find_prices(settings, runner))
+            if app.state.take_over is not None:
+                await app.state.take_over(journal.lock)
+                await log.open()
             hub = Hub(log, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
             hub.note_lag = metrics.note_push_lag
             limits = Limits(settings)
@@ -134,7 +149,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=time.monotonic)
             reaper = Reaper(settings, log, runner, producers, admission, sessions, limits)
             runner.finished = producers.finished = sessions.forget
-            metrics.watch(log, hub, runner, sessions, limits, reaper)
+            metrics.watch(log, hub, runner, sessions, limits, reaper, watchdog)
             app.state.service = Service(
                 settings=settings,
                 store=store,
@@ -149,26 +164,22 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 metrics=metrics,
             )
             await admission.take_up()
-
-            def drain() -> None:
-                admission.is_draining = True
-                hub.drain(int(settings.drain_s * 1000))
-
             # What was loaded to start lives as long as the service: the collector need not look at it again.
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
-            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag())
+            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag(watchdog))
             timers = [asyncio.create_task(work) for work in endless]
             try:
-                with _on_stop_signal(drain):
+                with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():
                     logger.info("ready", extra={"action": "ready"})
                     yield {
                         EXTENSION: Bounds(
                             settings, make_counting(tuple(map(ip_network, settings.trusted_proxies))), Counter()
                         )
                     }
-                drain()
+                    admission.is_draining = True
+                    hub.parting.say_at_once(int(settings.drain_s * 1000))  # where the stop did not begin with a signal
             finally:
                 for timer in timers:
                     timer.cancel()
@@ -186,30 +197,3 @@ async def _find_prices(settings: Settings, runner: Runner) -> Path:
     if not sample.exists():
         await runner.pool.call(make_sample, sample)
     return sample
-
-
-@contextlib.contextmanager
-def _on_stop_signal(drain: Callable[[], None]) -> Any:
-    """Calls `drain` at SIGTERM and SIGINT, before the server's own handler.
-
-    The server waits for its open connections before it ends the lifespan, so streams must hear of the stop first.
-    """
-    loop = asyncio.get_running_loop()
-    previous: dict[int, Any] = {}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(drain)
-        earlier = previous[number]
-        if callable(earlier):
-            earlier(number, frame)
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: whoever runs the server there stops it in another way
-        previous.clear()
-    try:
-        yield
-    finally:
-        for restored, earlier in previous.items():
-            signal.signal(restored, earlier)

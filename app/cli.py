@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.commands.datasets import data_app
+from app.commands.journal import journal_app
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(journal_app, name="journal")
 
 Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server. " + ENVIRONMENT)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for pipes.")]
@@ -71,13 +73,16 @@ def serve(
     port: Port = DEFAULT_PORT,
     prices: Annotated[str | None, typer.Option(help="Price file (Parquet); the real sample when left out.")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Where the journal is kept.")] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="Ask the server on this state directory to end, and go on in its place.")
+    ] = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. All other settings are SCANWIRE_* environment variables."""
     from app.commands.environment import CommandFailed
     from app.commands.launch import run_server
 
     try:
-        run_server(host, port, prices, state_dir)
+        run_server(host, port, prices, state_dir, takes_over=takeover)
     except CommandFailed as error:
         _fail(str(error), REFUSED)
 

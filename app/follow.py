@@ -72,12 +72,15 @@ class _CaughtUp(Exception):
 
 
 class _ComeBack(Exception):
-    """This connection is over; reading goes on in another one, `floor_s` seconds from now at the earliest."""
+    """This connection is over; reading goes on in another one, `floor_s` seconds from now at the earliest.
+
+    Without it, what the server once asked for holds.
+    """
 
     def __init__(self, cause: ClientError, floor_s: float | None = None) -> None:
         super().__init__(str(cause))
         self.cause = cause
-        self.floor_s = floor_s or 0.0
+        self.floor_s = floor_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +210,8 @@ class Follower:
             self._failures, self._failing_since = 0, now
         ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2 ** min(self._failures, 16))
         self._failures += 1
-        wait_s = max(parting.floor_s, self._retry_s) + habits.random() * ceiling
+        floor_s = self._retry_s if parting.floor_s is None else parting.floor_s
+        wait_s = floor_s + habits.random() * ceiling
         if now + wait_s - self._failing_since > habits.patience_s:
             raise parting.cause
         await habits.sleep(wait_s)

@@ -173,10 +173,11 @@ def _wait_until_served(process: "subprocess.Popen[bytes]", port: int, path: str)
         if process.poll() is not None:
             raise SystemExit(f"the server under test ended with code {process.returncode}")
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", path)
-            if connection.getresponse().status < too_bad:
-                return
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+                connection.request("GET", path)
+                with connection.getresponse() as answer:
+                    if answer.status < too_bad:
+                        return
         except OSError:
             pass
         time.sleep(0.05)

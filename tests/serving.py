@@ -82,7 +82,13 @@ def find_state(app: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def serve(
-    state_dir: Path, prices: Path, *, send_buffer: int | None = None, tls: Tls | None = None, **settings: Any
+    state_dir: Path,
+    prices: Path,
+    *,
+    port: int = 0,
+    send_buffer: int | None = None,
+    tls: Tls | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way.
 
@@ -94,7 +100,8 @@ async def serve(
     with socket.socket() as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         options: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
         if tls is not None:
@@ -126,7 +133,7 @@ async def serve(
                     yield Serving(url, state.service, http)
             finally:
                 if server.started:
-                    state.service.hub.drain(0)
+                    state.service.hub.parting.say_at_once(0)
                 server.should_exit = True
                 await serving
 

@@ -530,7 +530,7 @@ async def test_streams_hear_bye_at_a_stop_and_the_next_start_goes_on(
         readers = [asyncio.create_task(read(serving, scan["id"])) for read in (read_sse, read_ndjson)]
         await until(lambda: serving.service.log.get(scan["id"]).matches == 3)
         await until(lambda: sum(serving.service.hub.statistics().subscribers.values()) == 2)
-        serving.service.hub.drain(100)
+        serving.service.hub.parting.say_at_once(100)
         seen = await asyncio.gather(*readers)
     assert all(events[-1]["type"] == "bye" and events[-1]["data"]["reconnect_ms"] <= 100 for events in seen)
     gate.open()

@@ -348,7 +348,7 @@ async def test_synthetic_prices_are_marked(tmp_path: Path) -> None:
 
 
 async def test_what_keeps_the_server_from_starting_is_one_sentence(tmp_path: Path, serving: Serving) -> None:
-    ports, state = [str(find_port()) for _ in range(3)], {"SCANWIRE_STATE_DIR": str(tmp_path)}
+    ports = [str(find_port()) for _ in range(3)]
     bad = tmp_path / "bad.parquet"
     bad.write_text("no prices")
     taken = str(httpx.URL(serving.url).port)
@@ -365,7 +365,10 @@ async def test_what_keeps_the_server_from_starting_is_one_sentence(tmp_path: Pat
             "\n  SCANWIRE_MAX_RUNING is not a setting; did you mean SCANWIRE_MAX_RUNNING?",
         ),
     ]
-    endings = await asyncio.gather(*(run(*words, **{**state, **environment}) for words, environment, _ in cases))
+    states = [{"SCANWIRE_STATE_DIR": str(tmp_path / str(place))} for place in range(len(cases))]
+    endings = await asyncio.gather(
+        *(run(*words, **(state | environment)) for state, (words, environment, _) in zip(states, cases, strict=True))
+    )
     for ended, (words, _, says) in zip(endings, cases, strict=True):
         assert (ended.code, ended.out) == (2, ""), words
         assert says in ended.err

@@ -221,6 +221,13 @@ async def test_a_wait_that_the_server_asks_for_is_the_least(answer: Answer, floo
     assert time.waits == [floor_s + 0.25]
 
 
+async def test_a_bye_counts_for_more_than_the_wait_that_all_are_asked_for() -> None:
+    broken = tell(EVENTS[:4], cut=10_000, before=b"retry: 6000\n\n")
+    received, time, _ = await follow_script(broken, tell_all([make_signal("bye", {"reconnect_ms": 700})]), tell(EVENTS))
+    assert received == EVENTS
+    assert time.waits == [6 + 0.25, 0.7 + 0.5]
+
+
 async def test_a_date_in_retry_after_is_read() -> None:
     refusal = refuse("503 Service Unavailable", {}, "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT")
     received, time, _ = await follow_script(refusal, tell(EVENTS))

@@ -300,7 +300,7 @@ async def test_every_type_of_event_is_as_documented(tmp_path: Path, prices: Path
             async for line in stream.aiter_lines():
                 if line:
                     events.append(json.loads(line))
-                serving.service.hub.drain(1000)
+                serving.service.hub.parting.say_at_once(1000)
     validator = make_validator({"$ref": "#/components/schemas/Event"})
     for event in events:
         validator.validate(event)

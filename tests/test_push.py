@@ -233,7 +233,7 @@ async def test_at_a_drain_every_subscriber_hears_bye_and_then_the_stream_ends(tm
         hub = Hub(log)
         reading = [asyncio.create_task(collect(hub, "s_a")) for _ in range(3)]
         await until(lambda: sum(hub.statistics().subscribers.values()) == 3)
-        hub.drain(500)
+        hub.parting.say_at_once(500)
         byes = [events[-1] for events in await asyncio.gather(*reading)] + [(await collect(hub, "s_a"))[-1]]
     assert {event.type for event in byes} == {EventType.BYE}
     assert all(0 <= event.load_data()["reconnect_ms"] <= 500 for event in byes)
@@ -248,6 +248,12 @@ async def test_silence_is_filled_with_heartbeats(tmp_path: Path) -> None:
         assert len(await anext(batches)) == 1
         assert await anext(batches) == []
         await batches.aclose()
+
+
+def test_an_event_source_that_knows_nothing_of_bye_comes_back_when_it_says_all_the_same() -> None:
+    bye = make_event(EventType.BYE, "", 0, {"reconnect_ms": 1234}, 5)
+    assert b"retry: 1234" in frame_sse(bye).split(b"\n")
+    assert b"retry" not in frame_sse(make_event(EventType.END, "s_a", 1, {}, 5))
 
 
 @given(st.text(max_size=200), st.sampled_from(EventType), st.booleans())

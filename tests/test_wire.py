@@ -280,7 +280,7 @@ async def test_at_a_drain_streams_end_with_bye_and_websockets_close_with_1001(
         await add_scan(serving.service.log, scan, QUEUED)
         await peer.ask(f"/v1/scans/{scan}/events", SSE)
         await until_watched(serving, 2)
-        serving.service.hub.drain(500)
+        serving.service.hub.parting.say_at_once(500)
         _, _, body = await peer.read_answer()
         assert [event["type"] for event in parse_events(body)] == ["queued", "bye"]
         bye = json.loads(await socket.recv())

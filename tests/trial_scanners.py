@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -25,6 +26,10 @@ class LeavingParams(MarketParams):
     interrupts: bool = Field(False, description="leave as if by Ctrl-C, rather than by sys.exit()")
 
 
+class SlowParams(MarketParams):
+    pause_ms: int = Field(100, ge=0, description="for so long each chunk does nothing")
+
+
 def _is_meant(frame: pl.DataFrame, params: GateParams) -> bool:
     return params.only_symbol is None or params.only_symbol in frame["symbol"]
 
@@ -45,6 +50,12 @@ def find_crashing(prices: Prices, params: CrashParams) -> pl.DataFrame:
             Path(params.marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return find_gated(prices, params)
+
+
+def find_slow(prices: Prices, params: SlowParams) -> pl.DataFrame:
+    """The first row of every symbol, in its own time."""
+    time.sleep(params.pause_ms / 1000)
+    return prices.with_features([]).group_by("symbol", maintain_order=True).agg(pl.col("date").first())
 
 
 def find_raising(prices: Prices, params: GateParams) -> pl.DataFrame:
@@ -71,6 +82,7 @@ GATED = _make("trial-gated", find_gated)
 CRASHING = _make("trial-crashing", find_crashing, CrashParams)
 RAISING = _make("trial-raising", find_raising)
 LEAVING = _make("trial-leaving", find_leaving, LeavingParams)
+SLOW = _make("trial-slow", find_slow, SlowParams)
 EVERYTHING = _make("trial-everything", find_everything)
 BROKEN = "not a scanner at all"
 
@@ -79,6 +91,7 @@ gated = tests.trial_scanners:GATED
 crashing = tests.trial_scanners:CRASHING
 raising = tests.trial_scanners:RAISING
 leaving = tests.trial_scanners:LEAVING
+slow = tests.trial_scanners:SLOW
 everything = tests.trial_scanners:EVERYTHING
 broken = tests.trial_scanners:BROKEN
 missing = tests.no_such_module:SCANNER

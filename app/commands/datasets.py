@@ -30,20 +30,20 @@ def import_prices(
     force: Force = False,
 ) -> None:
     """Make a price file of CSV or Parquet files; says which rows were dropped, and why."""
-    with _refusing():
+    with refusing():
         from app.market.importers import import_files
         from app.market.store import open_store, write_store
 
         path = to or _state_dir() / "prices.parquet"
         _refuse_existing(path, rejected, force=force)
         started = time.monotonic()
-        with _working(f"Reading {len(files)} file{'s' * (len(files) != 1)}"):
+        with working(f"Reading {len(files)} file{'s' * (len(files) != 1)}"):
             imported = import_files(files)
         _report_rejected(imported, rejected)
         if not imported.frame.height:
             typer.echo("No row could be taken; no price file was written.", err=True)
             raise typer.Exit(REFUSED)
-        with _working("Writing the price file"):
+        with working("Writing the price file"):
             source = "imported from " + ", ".join(file.name for file in files[:5]) + ", …" * (len(files) > 5)
             write_store(imported.frame, path, source=source)
             store = open_store(path)
@@ -63,12 +63,12 @@ def info(
     path: Annotated[Path | None, typer.Argument(help="A price file; what is served when left out.")] = None,
 ) -> None:
     """What is in a price file."""
-    with _refusing():
+    with refusing():
         from app.commands.environment import find_prices
         from app.market.store import open_store
 
         path = path or find_prices()
-        with _working("Checking the price file"):
+        with working("Checking the price file"):
             store = open_store(path)
     _print_store(store)
 
@@ -82,23 +82,23 @@ def synth(
     force: Force = False,
 ) -> None:
     """Invent prices for load tests; they are marked as synthetic wherever they are shown."""
-    with _refusing():
+    with refusing():
         from app.market.sample import make_synthetic
         from app.market.store import open_store
 
         path = to or _state_dir() / "synthetic.parquet"
         _refuse_existing(path, force=force)
         days = max(1, round(years * TRADING_DAYS))
-        with _working(f"Inventing {symbols * days:,} rows", lambda: _measure_written(path)):
+        with working(f"Inventing {symbols * days:,} rows", lambda: _measure_written(path)):
             make_synthetic(path, symbols=symbols, days=days, seed=seed)
-        with _working("Checking the price file"):
+        with working("Checking the price file"):
             store = open_store(path)
     _print_store(store)
     _tell_next(path)
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """What makes a command impossible is said in one sentence, with exit code 2."""
     from app.commands.environment import CommandFailed
     from app.core.errors import ScanwireError
@@ -129,7 +129,7 @@ def _refuse_existing(*paths: Path | None, force: bool) -> None:
 
 
 @contextmanager
-def _working(text: str, measure: Callable[[], str] = str) -> Iterator[None]:
+def working(text: str, measure: Callable[[], str] = str) -> Iterator[None]:
     """Shows on stderr that something is being done, for how long, and what `measure` says of it."""
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn

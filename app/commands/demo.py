@@ -9,6 +9,7 @@ from rich.console import Console
 from app.application import SAMPLE_NAME
 from app.client import Client, ClientError
 from app.commands.environment import CommandFailed, name_command, read_settings
+from app.commands.holder import refuse_if_held
 from app.commands.launch import Launch, describe_store, open_socket, say
 from app.commands.terminal import ScanView, choose_display, show_events
 from app.core.errors import PricesError
@@ -37,6 +38,7 @@ def run_demo(port: int) -> None:
     settings = read_demo_settings()
     sample = settings.state_dir / SAMPLE_NAME
     settings = settings.model_copy(update={"prices": sample})
+    refuse_if_held(settings.state_dir)
     listener = open_socket("127.0.0.1", port)
     configure_logging(settings.log_format, level="WARNING")
     _make_missing_sample(sample)

@@ -9,6 +9,7 @@ import signal
 import socket
 import textwrap
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,21 +17,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.service import Service
 from app.application import create_app
 from app.commands.environment import CommandFailed, read_settings
+from app.commands.holder import LOCK_NAME, name_port_holder, refuse_if_held, take_over
 from app.core.errors import ScanwireError
 from app.core.scan import SYNTHETIC_MARK
 from app.core.settings import Settings
+from app.log.lock import StateLock
 from app.market.store import Store
 from app.observe.logs import configure_logging
 from app.push.wire import HttpConnection, WebSocketConnection
 
+BACKLOG = 2048
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 logger = logging.getLogger(__name__)
 
 
-def run_server(host: str, port: int, prices: str | None, state_dir: str | None) -> None:
-    """Serves until SIGINT or SIGTERM. Raises CommandFailed."""
+def run_server(host: str, port: int, prices: str | None, state_dir: str | None, *, takes_over: bool = False) -> None:
+    """Serves until SIGINT or SIGTERM; with `takes_over` in place of whoever does so now. Raises CommandFailed."""
     settings = read_settings(prices=prices, state_dir=state_dir)
-    listener = open_socket(host, port)
+    make_way: Callable[[StateLock], Awaitable[None]] | None = None
+    if takes_over and StateLock(settings.state_dir / LOCK_NAME).is_held():
+        listener = make_socket(host)
+
+        async def make_way(lock: StateLock) -> None:
+            await take_over(lock, partial(_try_bind, listener, host, port), port, settings.takeover_wait_s)
+    else:
+        refuse_if_held(settings.state_dir)
+        listener = open_socket(host, port)
     configure_logging(settings.log_format)
 
     async def announce(launch: Launch) -> int:
@@ -46,7 +58,7 @@ def run_server(host: str, port: int, prices: str | None, state_dir: str | None) 
             say("Name others with SCANWIRE_ALLOWED_HOSTS.")
         return 0
 
-    Launch(settings, listener).run(announce)
+    Launch(settings, listener, make_way).run(announce)
 
 
 def describe_store(store: Store) -> str:
@@ -63,33 +75,57 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def make_socket(host: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return listener
+
+
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises CommandFailed, which says what to do when the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """A listening socket. Raises CommandFailed, which says what to do when the port is taken, and by whom."""
+    listener = make_socket(host)
+    if not _try_bind(listener, host, port):
+        listener.close()
+        detail = f"Port {port} of {host} is taken. Choose another with --port, such as --port {port + 1}."
+        raise CommandFailed(" ".join(filter(None, (detail, name_port_holder(port)))))
+    return listener
+
+
+def _try_bind(listener: socket.socket, host: str, port: int) -> bool:
+    """Whether the socket listens now; False when the port is taken. Raises CommandFailed."""
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        if listener.getsockname()[1] != port:  # an earlier try may have come this far
+            listener.bind((host, port))
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            detail = f"Port {port} of {host} is taken. Choose another with --port, such as --port {port + 1}."
-        elif isinstance(error, PermissionError):
+            return False
+        if isinstance(error, PermissionError):
             detail = f"Port {port} may not be opened by this user. Choose one above 1023 with --port."
         else:
             code = getattr(error, "errno", None) or 0
             reason = os.strerror(code) if code > 0 else getattr(error, "strerror", None) or str(error)
             detail = f"Nothing can be served on {host} port {port}: {reason}."
+        listener.close()
         raise CommandFailed(detail) from None
+    return True
 
 
 class Launch:
-    """One run of the server on an open socket."""
+    """One run of the server on a socket that listens, or will when `make_way` returns."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        make_way: Callable[[StateLock], Awaitable[None]] | None = None,
+    ) -> None:
         self._listener = listener
-        self._gate = _Gate(create_app(settings))
+        self._gate = _Gate(create_app(settings, take_over=make_way))
         # A start that fails is told by CommandFailed, and better.
         logging.getLogger("uvicorn.error").addFilter(lambda record: "startup failed" not in record.msg)
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._config = uvicorn.Config(
             self._gate,
             http=HttpConnection,
@@ -146,6 +182,11 @@ class Launch:
         return result
 
     @property
+    def url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
     def service(self) -> Service:
         """The parts of the running service; there is one while `work` runs."""
         assert self._gate.service is not None
@@ -195,5 +236,7 @@ def _explain(failure: BaseException) -> str:
         cause = cause.exceptions[0]
     if isinstance(cause, ScanwireError):
         return cause.detail
+    if isinstance(cause, CommandFailed):
+        return str(cause)
     logger.error("the start failed", exc_info=failure, extra={"action": "start_failed"})
     return f"Scanwire could not start ({type(cause).__name__}: {cause}). The log above says more."

@@ -28,7 +28,8 @@
     │   ├── ScannerError
     │   ├── PricesChanged
     │   ├── ProducerFailed
-    │   └── ProducerLost
+    │   ├── ProducerLost
+    │   └── EventsLost
     ├── PricesError                      a price file that cannot be used
     └── WrongState                       a bug: a state change that the design forbids
 
@@ -287,6 +288,11 @@ class ProducerFailed(ScanFailed):
 class ProducerLost(ScanFailed):
     type = "urn:scanwire:problem:producer-lost"
     title = "The producer was silent for too long"
+
+
+class EventsLost(ScanFailed):
+    type = "urn:scanwire:problem:events-lost"
+    title = "Events of the scan were lost with a damaged journal"
 
 
 class PricesError(ScanwireError):

@@ -18,6 +18,7 @@ def _state_dir() -> Path:
 
 
 PREFIX = "SCANWIRE_"
+JOURNAL_NAME = "journal.db"  # in the state directory
 # What else may be in the environment: of the commands that talk to a server, of the tests, and what Kubernetes and
 # Docker set for a service that is called scanwire.
 _NOT_SETTINGS = re.compile(rf"{PREFIX}(URL|API_KEY|TEST_.*|(.+_)?(SERVICE_(HOST|PORT)|PORT_[0-9]+_(TCP|UDP))(_.*)?)")
@@ -62,6 +63,9 @@ class Settings(BaseSettings):
     price_wait_s: float = Field(10, gt=0, description="reading prices for an answer may take so long, then is refused")
 
     # What is kept.
+    durability: Literal["process", "power"] = Field(
+        "process", description="what a commit outlives: the process, or a power cut too (a flush of the disk each)"
+    )
     retention_s: float = Field(3600, gt=0, description="events and matches are kept this long after the end")
     tombstone_s: float = Field(86_400, ge=0, description="the end and snapshot are kept this much longer")
     max_scans_kept: int = Field(10_000, ge=1, description="finished scans kept; the oldest go first")
@@ -106,7 +110,8 @@ class Settings(BaseSettings):
     batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
     high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
     stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
-    long_poll_max_s: float = Field(60, gt=0)
+    # Proxies, nginx among them, give an answer 60 s to begin.
+    long_poll_max_s: float = Field(50, gt=0, description="a long poll is held open for this long at the most")
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")
 
@@ -116,8 +121,11 @@ class Settings(BaseSettings):
     session_idle_s: float = Field(90, gt=0, description="a client that polled is gone after this silence")
     queued_unwatched_s: float = Field(300, gt=0, description="a queued scan nobody watched for this long is cancelled")
 
-    # Shutdown.
-    drain_s: float = Field(10, ge=0, description="open streams are told to come back within this time")
+    # Stop, and the watch over the event loop.
+    drain_s: float = Field(10, ge=0, description="a stop gives scans and streams this long, and ends within 2 s more")
+    takeover_wait_s: float = Field(60, gt=0, description="--takeover waits this long for the other process to end")
+
+    block_report_ms: float = Field(250, ge=1, description="an event loop blocked for longer is logged, with its stack")
 
     # Who may ask.
     allowed_hosts: Commas = Field(("localhost", "127.0.0.1", "[::1]"), description="Host names served; * for any")

@@ -29,7 +29,8 @@ from app.core.scan import Producer, Scan, State, make_same_key
 from app.core.settings import Settings, hash_key
 from app.engine.external import DATA_VERSION, Producers, normalise_external
 from app.engine.limits import Limits
-from app.engine.runner import Run, Runner
+from app.engine.run import Run
+from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog
@@ -109,7 +110,9 @@ class Admission:
         self._plan_whole = lru_cache(maxsize=8)(partial(plan_chunks, store, None))
         self._same: dict[str, str] = {}  # same_key -> the scan that answers it
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
+        self._endings: set[asyncio.Task[None]] = set()  # of scans that a restart found, not committed yet
         self.is_draining = False
+        self.back_s = settings.drain_s  # while it drains: when scans are likely to be taken again
 
     async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
         """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
@@ -214,9 +217,9 @@ class Admission:
         """
         settings, runner, producers = self._settings, self._runner, self._producers
         if self.is_draining:
-            raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=settings.drain_s)
+            raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=self.back_s)
         if self._log.fault is not None:
-            raise JournalUnavailable(f"{self._log.fault} No scan can be accepted until it can.", retry_after_s=10)
+            raise JournalUnavailable(f"{self._log.fault} No scan is accepted meanwhile.", retry_after_s=10)
         if cost_rows is None and producers.active >= settings.max_external:
             raise AtCapacity(
                 f"{producers.active} external scans are active, which is all this server takes. "
@@ -330,13 +333,19 @@ class Admission:
         self._plan_whole(self._settings.chunk_rows)  # now, rather than in the first request
         list_scanners()
         now, now_ms = self._clock(), self._log.now_ms()
+        endings = []
         for scan in reversed(list(self._log.list_scans())):
             self._remember(scan.client, scan.idempotency, scan.id, now - (now_ms - scan.created_ts) / 1000)
             is_joinable = scan.state is State.COMPLETED or not scan.state.is_terminal
             if scan.producer is None and (is_joinable or self._find_same(scan.same_key) is None):
                 self._same[scan.same_key] = scan.id
             if not scan.state.is_terminal:
-                await self._take_up_unfinished(scan)
+                endings.append(asyncio.create_task(self._take_up_unfinished(scan)))
+        if endings:
+            # A journal that cannot be written holds up what these scans come to, not the start.
+            done, self._endings = await asyncio.wait(endings, timeout=self._settings.commit_wait_s)
+            for ending in done:
+                ending.result()
 
     async def _take_up_unfinished(self, scan: Scan) -> None:
         if scan.producer is not None:

@@ -85,6 +85,8 @@ class Reaper:
         return taken
 
     def _is_unwatched(self, scan: Scan) -> bool:
+        if self._admission.is_draining:
+            return False  # its watchers were sent away
         unwatched_s = self._sessions.unwatched_s(scan.id)
         limit = scan.cancel_when_unwatched_s
         if scan.state is State.QUEUED:

@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import orjson
@@ -20,43 +19,18 @@ from app.core.errors import (
 )
 from app.core.estimate import Range, estimate_rest, estimate_starts
 from app.core.event import EventType
-from app.core.scan import Progress, Rows, Scan, Skipped, State, make_end, pack_rows
+from app.core.scan import Progress, Rows, Scan, State, make_end, pack_rows
 from app.core.settings import Settings
 from app.engine.pool import Pool
-from app.engine.worker import ChunkJob, ChunkResult
+from app.engine.run import Run
+from app.engine.worker import ChunkResult
 from app.log.eventlog import EventLog
 from app.log.journal import Checkpoint
-from app.market.store import Chunk
 
 logger = logging.getLogger(__name__)
 
 # Price rows a second that a scan is thought to read before one was measured: slow and fast machines.
 _FIRST_GUESS = (300_000.0, 5_000_000.0)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Run:
-    """One admitted scan on its way through queue and slot."""
-
-    scan_id: str
-    client: str
-    cost_rows: int
-    attempt: int
-    data_version: str
-    job: ChunkJob  # without slices
-    chunks: tuple[Chunk, ...]
-    is_accepted: bool = False  # its first event is committed
-    position: int = 0
-    started: float | None = None  # on the runner's clock
-    rest_s: Range | None = None  # what is left, by its own progress
-    cancelled_by: str | None = None
-    task: asyncio.Task[None] | None = None
-    # What was found so far, for the end.
-    is_counted: bool = False  # what an earlier attempt found is in here
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-    kept: int = 0  # matches that became events
-    found: int = 0  # matches, those over `max_matches` too
-    skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
 class RunnerStatistics(NamedTuple):
@@ -99,6 +73,15 @@ class Runner:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
         await self._group.__aexit__(*error)
+
+    async def drain(self) -> None:
+        """Returns when each running scan has come to its next checkpoint, from which the next start goes on.
+
+        From now on nothing begins: no scan, no chunk.
+        """
+        self._is_stopping = True
+        while self._runs:
+            await asyncio.wait(self._runs)
 
     def _do(self, chore: Coroutine[Any, Any, None]) -> None:
         """Runs something beside the scans that nobody waits for; what goes wrong in it ends nothing else."""
@@ -212,6 +195,9 @@ class Runner:
                     run.task.cancel()
         elif scan.state.is_terminal:
             return scan
+        elif self._is_stopping and run is None:
+            with contextlib.suppress(WrongState):  # it is being cancelled already
+                await self._log.append(scan_id, (EventType.CANCELLING, {"by": by}))  # and the next start ends it
         return self._log.get(scan_id)
 
     async def give_up(self, run: Run, state: State, error: ScanwireError | None) -> None:
@@ -336,9 +322,9 @@ class Runner:
         if not run.is_counted:
             run.is_counted = True
             for rows in found:
-                _note_kept(run, rows)
+                run.note_kept(rows)
             for checkpoint in checkpoints:
-                _note_skipped(run, checkpoint.skipped)
+                run.note_skipped(checkpoint.skipped)
                 run.found += checkpoint.found
         return {checkpoint.chunk for checkpoint in checkpoints}
 
@@ -351,9 +337,11 @@ class Runner:
         left = deque(todo)
         try:
             while left or ahead:
-                while left and len(ahead) <= self._settings.workers:
+                while left and len(ahead) <= self._settings.workers and not self._is_stopping:
                     index = left.popleft()
                     ahead.append((index, asyncio.create_task(self._find_in(run, index))))
+                if not ahead:
+                    raise asyncio.CancelledError  # the service stops; the next start goes on with the chunks left
                 index, task = ahead[0]
                 result = await task
                 ahead.popleft()
@@ -374,9 +362,9 @@ class Runner:
             if part.count > room:
                 part = pack_rows(orjson.loads(part.json)[:room])
             if part.count:
-                _note_kept(run, part)
+                run.note_kept(part)
                 parts.append((EventType.MATCHES, {"chunk": index, "rows": part}))
-        _note_skipped(run, result.skipped)
+        run.note_skipped(result.skipped)
         checkpoint = Checkpoint(chunk=index, found=result.found, skipped=tuple(result.skipped))
         await self._log.append(run.scan_id, *parts, checkpoint=checkpoint)
 
@@ -388,13 +376,3 @@ class Runner:
             workers_busy=self.pool.busy,
             worker_crashes=self.pool.crashes,
         )
-
-
-def _note_kept(run: Run, rows: Rows) -> None:
-    run.kept += rows.count
-    run.digest.update(rows.canonical)
-
-
-def _note_skipped(run: Run, skipped: tuple[Skipped, ...] | list[Skipped]) -> None:
-    for one in skipped:
-        run.skipped.setdefault(one.symbol, []).append(one.reason)

@@ -12,20 +12,31 @@ from anyio import to_thread
 from app.core.errors import JournalUnavailable, UnknownScan
 from app.core.event import Cursor, Event, EventType, make_event
 from app.core.scan import Producer, Progress, Scan
-from app.log.journal import Checkpoint, Journal, Write
+from app.log.journal import ADVICE, Checkpoint, Journal, Kept, Write
 
 Part = tuple[EventType, Mapping[str, Any]]
 READ_BYTES = 256 * 1024
 
 
 class _ScanLog:
-    __slots__ = ("accepted", "events", "progress", "progress_event", "progress_timer", "shown", "size", "tip")
+    __slots__ = (
+        "accepted",
+        "checkpoints",
+        "events",
+        "progress",
+        "progress_event",
+        "progress_timer",
+        "shown",
+        "size",
+        "tip",
+    )
 
     def __init__(self, tip: Scan, shown: Scan | None) -> None:
         self.tip = tip  # with everything that is still on its way into the journal
         self.shown = shown  # as committed; None until the first event is
         self.events: list[Event] | None = []  # committed ones, oldest first; None: they are in the journal only
         self.size = 0  # bytes of JSON in `events`
+        self.checkpoints: list[Checkpoint] | None = None  # of a scan that a restart found; None: in the journal only
         self.progress: Progress | None = None  # the latest
         self.progress_event: Event | None = None  # the one that is shown
         self.progress_timer: asyncio.TimerHandle | None = None  # until the next one may be shown
@@ -73,15 +84,28 @@ class EventLog:
             loop.call_soon_threadsafe(self._show, writes)
 
         kept = await to_thread.run_sync(self._journal.open, committed)
+        try:
+            await self._take_up(kept)
+        except BaseException:
+            await to_thread.run_sync(self._journal.close)
+            raise
+        self._is_open = True
+
+    async def _take_up(self, kept: Kept) -> None:
         self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
         for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
             events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
-            for event in events or ():
+            for seq, event in enumerate(events or (), 1):
+                if event.seq != seq:
+                    raise JournalUnavailable(
+                        f"The journal is damaged: event {seq} of scan {scan.id} is missing. {ADVICE}"
+                    )
                 if (event.n or 0) > scan.n:
                     scan = scan.fold(event.type, event.load_data(), event.ts, event.n or 0)
             log = self._logs[scan.id] = _ScanLog(scan, scan)
             log.events, log.size = events, sum(len(event.json) for event in events or ())
-        self._is_open = True
+            if events is not None:  # now: what cannot be read stops the start, and not a scan under way
+                log.checkpoints = await to_thread.run_sync(self._journal.read_checkpoints, scan.id)
 
     def _read_all(self, scan_id: str) -> list[Event]:
         events: list[Event] = []
@@ -218,6 +242,8 @@ class EventLog:
             elif log.events is not None:
                 log.events.extend(write.events)
                 log.size += sum(len(event.json) for event in write.events)
+            if write.checkpoint is not None and log.checkpoints is not None:
+                log.checkpoints.append(write.checkpoint)
             self._appended += len(write.events)
             self.shown_n = max(self.shown_n, write.scan.n)
             if write.events and write.scan.state.is_terminal:
@@ -318,7 +344,10 @@ class EventLog:
 
     async def read_checkpoints(self, scan_id: str) -> list[Checkpoint]:
         """The chunks of a scan that are done."""
-        return await to_thread.run_sync(self._journal.read_checkpoints, scan_id)
+        checkpoints = self._find(scan_id).checkpoints
+        if checkpoints is None:
+            return await to_thread.run_sync(self._journal.read_checkpoints, scan_id)
+        return list(checkpoints)
 
     def statistics(self) -> LogStatistics:
         return LogStatistics(len(self._logs), self._appended, self._finished_bytes, self.fault)

@@ -7,6 +7,12 @@ from typing import NamedTuple, Protocol
 from app.core.event import Event
 from app.core.scan import Scan, Skipped
 
+# For a journal that does not hold what was written.
+ADVICE = (
+    "`scanwire journal check` says what is wrong, and `scanwire journal salvage` makes a new journal of all that "
+    "can be read."
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:

@@ -1,30 +1,33 @@
 """The journal in one SQLite file: WAL, one writer thread, group commit."""
 
 import contextlib
-import fcntl
 import logging
 import queue
 import secrets
+import shlex
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import Literal
 
 import orjson
 
 from app.core.errors import JournalUnavailable
 from app.core.event import Event, EventType
 from app.core.scan import Scan, Skipped
-from app.log.journal import Checkpoint, Kept, Write
+from app.log.journal import ADVICE, Checkpoint, Kept, Write
+from app.log.lock import StateLock
 
 logger = logging.getLogger(__name__)
 
+Durability = Literal["process", "power"]
+
 SCHEMA_VERSION = 1
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE scans (id TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
@@ -40,42 +43,52 @@ CREATE TABLE checkpoints (
 _APART_S = 0.002  # between the end of one transaction and the next
 _RETRY_S = (0.05, 0.1, 0.25, 0.5, 1.0)
 _READ_ROWS = 256
+# SQLite's quick check reads about a gigabyte a second; past this size a start would feel it.
+_QUICK_CHECK_BYTES = 512 * 2**20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class SqliteJournal:
     """A journal in `path`, made when it is not there.
 
     Group commit: every write that arrived while the last transaction ran goes into the next one. A committed
-    transaction outlives the process, killed or not; a power cut may take the last few (synchronous=NORMAL in WAL).
+    transaction outlives the process, killed or not. With the durability "power" it outlives the machine too, for a
+    flush of the disk at each commit; with "process" a power cut may take the last few. Cursors that were given out for
+    these would then point at other events, so the first start after such a cut takes a new epoch: the journal notes
+    the boot of the system that writes it, and forgets that note when it is closed in an orderly way.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, durability: Durability = "process", *, boot_id: str | None = None) -> None:
         self.path = path
         self.fault: str | None = None
+        self._durability: Durability = durability
+        self._boot_id = boot_id or read_boot_id()
+        self._is_noted = False  # what a power cut would mean is in the file
+        self._damage: str | None = None  # a fault that only `scanwire journal salvage` ends
         # None asks the writer to stop.
         self._queue: queue.SimpleQueue[Sequence[Write] | None] = queue.SimpleQueue()
         self._left: list[Write] = []
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock: IO[str] | None = None  # held while the journal is open; the system gives it back at a crash
+        self.lock = StateLock(path.with_suffix(".lock"))  # held while the journal is open
 
     def open(self, committed: Callable[[Sequence[Write]], None]) -> Kept:
         """Raises JournalUnavailable, with what to do, for a file that is not a journal or cannot be used."""
         with contextlib.ExitStack() as undo:
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = undo.enter_context(self.path.with_suffix(".lock").open("a"))
-                _take_lock(lock, self.path)
+                self.lock.acquire()
+                undo.callback(self.lock.release)
                 connection = undo.enter_context(closing(self._connect()))
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=NORMAL")
+                connection.execute("PRAGMA synchronous=FULL")
                 kept = self._prepare(connection)
             except (sqlite3.Error, OSError) as error:
+                if is_damage(error):
+                    raise self._refuse(str(error)) from error
                 raise JournalUnavailable(
                     f"The journal {self.path} cannot be opened: {error}. Check that the directory can be written and "
                     "that the file is a Scanwire journal, or name another directory with SCANWIRE_STATE_DIR."
                 ) from error
-            self._lock = lock
             undo.pop_all()
         self._thread = threading.Thread(
             target=self._write_all, args=(connection, committed), name="journal", daemon=True
@@ -86,21 +99,49 @@ class SqliteJournal:
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False)
 
+    def _refuse(self, reason: str) -> JournalUnavailable:
+        """Why a start is refused, and what to do: for who starts the server, not for its clients."""
+        where = f"--state-dir {shlex.quote(str(self.path.parent))}"
+        return JournalUnavailable(
+            f"The journal {self.path} is damaged, or is none: {reason}. `scanwire journal check {where}` says more, "
+            f"`scanwire journal salvage {where}` makes a new one of all that can be read. Or name another directory "
+            "with SCANWIRE_STATE_DIR."
+        )
+
     def _prepare(self, connection: sqlite3.Connection) -> Kept:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            first = f"INSERT INTO meta VALUES ('epoch', '{secrets.token_hex(3)}'), ('last_n', 0);"
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-            )
+            create(connection, new_epoch())
         elif version != SCHEMA_VERSION:
             raise JournalUnavailable(
                 f"The journal {self.path} has format {version}; this Scanwire reads format {SCHEMA_VERSION}. "
                 "Use the version that wrote it, or name another directory with SCANWIRE_STATE_DIR."
             )
-        meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
-        records = connection.execute("SELECT record FROM scans")
-        return Kept(meta["epoch"], meta["last_n"], [Scan.from_record(record) for (record,) in records])
+        if (reason := self._check_quickly(connection)) is not None:
+            raise self._refuse(reason)
+        try:
+            meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+            records = connection.execute("SELECT record FROM scans")
+            kept = Kept(meta["epoch"], meta["last_n"], [Scan.from_record(record) for (record,) in records])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._refuse(f"it holds what Scanwire never wrote ({type(error).__name__}: {error})") from error
+        if meta.get("boot") not in (None, self._boot_id):
+            logger.warning("the system went down under the journal: a new epoch", extra={"action": "epoch_renewed"})
+            kept = kept._replace(epoch=new_epoch())
+            connection.execute("BEGIN IMMEDIATE")
+            renew_epoch(connection, kept.epoch)
+            connection.execute("COMMIT")
+        return kept
+
+    def _check_quickly(self, connection: sqlite3.Connection) -> str | None:
+        """The first thing that SQLite's quick check finds. Of a large journal it reads all but the events: those of
+        scans that go on are read at the start anyway, and the others when someone asks for them."""
+        is_large = self.path.stat().st_size > _QUICK_CHECK_BYTES
+        for table in ("('meta')", "('scans')", "('checkpoints')") if is_large else ("(1)",):
+            (found,) = connection.execute(f"PRAGMA quick_check{table}").fetchone()
+            if found != "ok":
+                return str(found).removeprefix("*** in database main ***\n")
+        return None
 
     def submit(self, writes: Sequence[Write]) -> None:
         self._queue.put(writes)
@@ -127,6 +168,8 @@ class SqliteJournal:
                 else:
                     self._left += writes
                 ended = time.monotonic()
+            if not self._left:
+                self._note_close(connection)
 
     def _commit_until_done(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> bool:
         """False only when the journal is closed before it could be written again."""
@@ -134,18 +177,26 @@ class SqliteJournal:
         while True:
             try:
                 self._commit(connection, writes)
-            except sqlite3.Error as error:
+            except Exception as error:  # whatever it is, what was submitted is not skipped over
                 if self.fault is None:
                     logger.error("journal cannot be written: %s", error, extra={"action": "journal_fault"})
-                self.fault = f"The journal cannot be written ({error})."
+                self._note_fault(error)
                 if self._closing.wait(_RETRY_S[min(attempt, len(_RETRY_S) - 1)]):
                     return False
                 attempt += 1
             else:
-                if self.fault is not None:
+                if self.fault is not None and self._damage is None:
                     logger.warning("journal can be written again", extra={"action": "journal_recovered"})
-                self.fault = None
+                self.fault = self._damage
                 return True
+
+    def _note_fault(self, error: Exception, *, is_damaged: bool = False) -> None:
+        if is_damaged or is_damage(error):
+            if self._damage is None:
+                logger.error("the journal %s is damaged: %s", self.path, error, extra={"action": "journal_damaged"})
+            self._damage = f"The journal is damaged ({error}). Stop the server: {ADVICE}"
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        self.fault = self._damage or f"The journal cannot be written ({error}, {name})."
 
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
         connection.execute("BEGIN IMMEDIATE")
@@ -163,16 +214,34 @@ class SqliteJournal:
                 _put_rest(connection, write)
             last_n = max((event.n or 0 for write in writes for event in write.events), default=0)
             connection.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'last_n'", (last_n,))
+            if not self._is_noted:
+                self._note_boot(connection)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        if not self._is_noted:
+            # This one is on the disk, with the note in it; from here on a power cut may take what the setting lets it.
+            self._is_noted = True
+            connection.execute(f"PRAGMA synchronous={'FULL' if self._durability == 'power' else 'NORMAL'}")
+
+    def _note_boot(self, connection: sqlite3.Connection) -> None:
+        if self._durability == "power":
+            connection.execute("DELETE FROM meta WHERE key = 'boot'")
+        else:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('boot', ?)", (self._boot_id,))
+
+    def _note_close(self, connection: sqlite3.Connection) -> None:
+        """Everything is on the disk, and the next start may believe it."""
+        with contextlib.suppress(sqlite3.Error):  # it is believed less then
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("DELETE FROM meta WHERE key = 'boot'")
 
     def read(self, scan: str, after: int, max_bytes: int) -> list[Event]:
         events: list[Event] = []
         size = 0
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             rows = connection.execute(
                 "SELECT type, scan, seq, n, id, json, ts FROM events WHERE scan = ? AND n > ? ORDER BY n LIMIT ?",
                 (scan, after, _READ_ROWS),
@@ -186,7 +255,7 @@ class SqliteJournal:
         return events
 
     def read_checkpoints(self, scan: str) -> list[Checkpoint]:
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             rows = connection.execute(
                 "SELECT chunk, found, skipped FROM checkpoints WHERE scan = ? ORDER BY chunk", (scan,)
             )
@@ -195,26 +264,78 @@ class SqliteJournal:
                 for chunk, found, skipped in rows
             ]
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read with. Raises JournalUnavailable; what is damaged is a fault from then on."""
+        try:
+            with closing(self._connect()) as connection:
+                yield connection
+        except (sqlite3.Error, ValueError) as error:
+            if is_damage(error) or isinstance(error, ValueError):
+                self._note_fault(error, is_damaged=True)
+            detail = self._damage or f"The journal cannot be read just now ({error})."
+            raise JournalUnavailable(detail, retry_after_s=10) from error
+
     def close(self) -> Sequence[Write]:
         if self._thread is not None:
             self._closing.set()
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-            if self._lock is not None:
-                self._lock.close()
+        self.lock.release()
         return self._left
 
 
-def _take_lock(lock: IO[str], path: Path) -> None:
-    """One process writes a journal: two would give the same numbers to different events."""
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Keeps every server away from the journal meanwhile. Raises JournalUnavailable while one is at work on it."""
+    lock = StateLock(path.with_suffix(".lock"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalUnavailable(
-            f"Another Scanwire is running on {path.parent}. Stop it first, or name another directory with "
-            "SCANWIRE_STATE_DIR."
-        ) from None
+        is_held = lock.try_acquire()
+    except OSError as error:
+        raise JournalUnavailable(f"{path.parent} cannot be written: {error}.") from error
+    if not is_held:
+        raise JournalUnavailable(f"Another Scanwire is running on {path.parent}. Stop it first.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether this says that the file does not hold what was written, rather than that it cannot be reached."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def read_boot_id() -> str:
+    """Names the time since the system was started; where it cannot be told, every process has one of its own."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return secrets.token_hex(16)
+
+
+def new_epoch() -> str:
+    return secrets.token_hex(3)
+
+
+def create(connection: sqlite3.Connection, epoch: str) -> None:
+    """Makes the tables of an empty journal."""
+    first = f"INSERT INTO meta VALUES ('epoch', '{epoch}'), ('last_n', 0);"
+    connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+
+
+def renew_epoch(connection: sqlite3.Connection, epoch: str) -> None:
+    """Gives every event a cursor of another epoch: none that was given out before fits any more."""
+    connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
+    connection.execute("DELETE FROM meta WHERE key = 'boot'")
+    # An event begins with its id: {"id":"k3f9a1-1042", …
+    rest = "substr(CAST(json AS TEXT), 8 + length(id))"
+    connection.execute(
+        f"UPDATE events SET json = CAST('{{\"id\":\"' || ?1 || '-' || n || {rest} AS BLOB), id = ?1 || '-' || n",
+        (epoch,),
+    )
 
 
 def _can_be_folded(write: Write) -> bool:

@@ -17,6 +17,7 @@ from app.engine.reaper import KINDS, Reaper
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
+from app.observe.watchdog import Watchdog
 from app.push.hub import Hub
 
 LAG_EVERY_S = 0.05
@@ -51,10 +52,10 @@ class Metrics:
         self._push_lag.observe(max(0.0, lag_s))
         self._push_lags.append(max(0.0, lag_s))
 
-    async def measure_loop_lag(self) -> None:
-        """Measures for ever how late the event loop is."""
+    async def measure_loop_lag(self, watchdog: Watchdog) -> None:
+        """Measures for ever how late the event loop is; the watchdog looks at it when it is far too late."""
         while True:
-            due = time.monotonic() + LAG_EVERY_S
+            due = watchdog.due = time.monotonic() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
             lag_s = max(0.0, time.monotonic() - due)
             self._loop_lag.observe(lag_s)
@@ -69,10 +70,17 @@ class Metrics:
         return generate_latest(self.registry)
 
     def watch(
-        self, log: EventLog, hub: Hub, runner: Runner, sessions: Sessions, limits: Limits, reaper: Reaper
+        self,
+        log: EventLog,
+        hub: Hub,
+        runner: Runner,
+        sessions: Sessions,
+        limits: Limits,
+        reaper: Reaper,
+        watchdog: Watchdog,
     ) -> None:
         """From now on the statistics of these parts are among the metrics."""
-        self.registry.register(_Parts(log, hub, runner, sessions, limits, reaper))
+        self.registry.register(_Parts(log, hub, runner, sessions, limits, reaper, watchdog))
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -90,7 +98,7 @@ class _Parts(Collector):
         self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
-        log, hub, runner, sessions, limits, reaper = self._parts
+        log, hub, runner, sessions, limits, reaper, watchdog = self._parts
         running, limited = runner.statistics(), limits.statistics()
         states = Counter(scan.state for scan in log.list_scans())
         yield _by("gauge", "scans", "Scans kept, by state", "state", states, State)
@@ -107,6 +115,7 @@ class _Parts(Collector):
         yield _gauge("log_memory_bytes", "Events of finished scans held in memory", log.statistics().memory_bytes)
         yield _gauge("journal_writable", "1 while the journal can be written", int(log.fault is None))
         yield _counter("events_appended", "Durable events committed", log.statistics().events_appended)
+        yield _counter("loop_blocks", "Times that the event loop was blocked for too long", watchdog.blocks)
         yield _counter("worker_crashes", "Worker processes that died on a chunk", running.worker_crashes)
         yield _by("counter", "events_pushed", "Events handed to a transport", "transport", pushed, TRANSPORTS)
         yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused, REFUSING)

@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from app.core.event import Event
+from app.core.event import Event, EventType
 
 _CACHED = 16  # events whose frames are at hand; those that catch up together need the same few
 
 
 @lru_cache(maxsize=_CACHED)
 def frame_sse(event: Event) -> bytes:
-    """Server-sent event (WHATWG HTML, 9.2). Without an `id:` line for events that have no cursor."""
+    """Server-sent event (WHATWG HTML, 9.2). Without an `id:` line for events that have no cursor.
+
+    An EventSource heeds the `retry:` of a `bye`, though it may know nothing of that event.
+    """
     id_line = b"" if event.id is None else b"id: " + event.id.encode() + b"\n"
-    return b"event: " + event.type.encode() + b"\n" + id_line + b"data: " + event.json + b"\n\n"
+    wait = b"\nretry: %d" % event.load_data().get("reconnect_ms", 0) if event.type is EventType.BYE else b""
+    return b"event: " + event.type.encode() + b"\n" + id_line + b"data: " + event.json + wait + b"\n\n"
 
 
 def frame_ndjson(event: Event) -> bytes:

@@ -3,10 +3,9 @@
 A peer that stalls, trickles, floods or is gone without a word costs its connection alone, and that for a bounded time:
 
 - a request head must be whole within `head_wait_s` and `max_head_bytes`, the rest of the request within `body_wait_s`;
-- what the kernel could not deliver for `stall_s` breaks the connection (TCP_USER_TIMEOUT), which finds a peer that is
-  gone, and one whose window stays closed;
-- a stream that is behind for `stall_s` is aborted, and so is any other answer that the peer takes at less than
-  `min_send_bytes_per_s`;
+- what the kernel could not deliver of a stream for `stall_s` breaks the connection (TCP_USER_TIMEOUT), which finds a
+  peer that is gone, and one whose window stays closed; so does being behind for that long;
+- any other answer is aborted when the peer takes it at less than `min_send_bytes_per_s`;
 - a WebSocket that says nothing between two heartbeats is gone; its pings between two of them, and the fragments of a
   message, are bounded;
 - connections are bounded in all and for each client.
@@ -17,9 +16,11 @@ The bounds come from the lifespan state, under EXTENSION.
 import asyncio
 import contextlib
 import socket
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -31,15 +32,47 @@ from app.core.settings import Settings
 
 EXTENSION = "scanwire.wire"
 _GRACE_S = 1  # for the application, which has the same deadline for a body and a better answer
+_PER_TURN = 32  # pieces of data, and ends of connections; each is work for 0.1 to 0.2 ms
 _RETRY_S = 10  # what a peer is told when every connection is taken
 
 
-class Bounds(NamedTuple):
+class Turns:
+    """What comes from thousands of peers at once is taken for a few of them in each turn of the loop, in order.
+
+    In between, all else has its turn: timers, heartbeats, and the peers that are connected already.
+    """
+
+    def __init__(self) -> None:
+        self._left = _PER_TURN  # 0 while anything waits
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def take(self, work: Callable[[], None]) -> bool:
+        """True when there is room in this turn; else the work is done by itself when its turn comes."""
+        if not self._left:
+            self._waiting.append(work)
+            return False
+        if self._left == _PER_TURN:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._left -= 1
+        return True
+
+    def _turn(self) -> None:
+        loop, count = asyncio.get_running_loop(), min(len(self._waiting), _PER_TURN)
+        for _ in range(count):
+            loop.call_soon(self._waiting.popleft())
+        self._left = 0 if count else _PER_TURN  # whoever comes now is behind those
+        if count:
+            loop.call_soon(self._turn)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
     """What the guards of all connections share."""
 
     settings: Settings
     name_client: Callable[[str], str | None]  # who connections from an address are counted for; None: for nobody
     connections: Counter[str]  # that are open, by client
+    turns: Turns = field(default_factory=Turns)
 
 
 class Guard(asyncio.Protocol):
@@ -52,7 +85,7 @@ class Guard(asyncio.Protocol):
     transport: asyncio.Transport
 
     # Slots, since a connection has one attribute less than makes its dictionary a kilobyte larger.
-    __slots__ = ("_bounds", "_count", "_deadline", "_is_in_head", "_is_silent", "_stalling")
+    __slots__ = ("_bounds", "_count", "_deadline", "_held", "_is_in_head", "_is_silent", "_stalling")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -63,8 +96,40 @@ class Guard(asyncio.Protocol):
         self._is_in_head = False
         self._count = 0  # bytes that came since its head began; of a WebSocket, pings since the last heartbeat
         self._is_silent = False  # nothing has come since the last heartbeat; WebSocket alone
+        self._held: bytes | None = None  # what came and has to wait for its turn; then nothing more is read
+
+    def data_received(self, data: bytes) -> None:
+        if self._held is not None:
+            self._held += data
+        elif self._bounds.turns.take(self._take_held):
+            self.take_data(data)
+        else:
+            self._held = data
+            self.transport.pause_reading()
+
+    def _take_held(self) -> None:
+        data, self._held = self._held, None
+        if data is None or self.transport.is_closing():
+            return
+        if not self.is_reading_paused():
+            self.transport.resume_reading()
+        self.take_data(data)
+
+    def is_reading_paused(self) -> bool:
+        """Whether uvicorn wants nothing to be read just now."""
+        raise NotImplementedError
+
+    def take_data(self, data: bytes) -> None:
+        """Data has come, and it is its turn."""
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        end = partial(self.end_connection, exc)
+        if self._bounds.turns.take(end):
+            end()
+
+    def end_connection(self, exc: Exception | None) -> None:
+        """The connection is lost, and it is its turn."""
         self._unwatch_stall()
         if (client := self._find_client()) is not None:
             connections = self._bounds.connections
@@ -75,6 +140,14 @@ class Guard(asyncio.Protocol):
 
     def _find_client(self) -> str | None:
         return self._bounds.name_client(self.client[0]) if self.client else None
+
+    def expect_delivery(self) -> None:
+        """From now on a peer that is gone, or whose window stays closed, is found out by the kernel, however little
+        is on its way to it. Not for downloads: at a window that hardly opens, the kernel sees no progress in one."""
+        with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system that has no such option
+            tcp = self.transport.get_extra_info("socket")
+            within_ms = max(1, int(self._bounds.settings.stall_s * 1000))
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, within_ms)
 
     def is_streaming(self) -> bool:
         """Whether what is written has no end: being behind is then a matter of time alone."""
@@ -119,13 +192,10 @@ class Guard(asyncio.Protocol):
 class HttpGuard(Guard, HttpToolsProtocol):
     __slots__ = ()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         settings, connections = self._bounds.settings, self._bounds.connections
         self.transport.set_write_buffer_limits(high=settings.high_water_bytes)
-        with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system that has no such option
-            tcp = transport.get_extra_info("socket")
-            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(settings.stall_s * 1000)))
         if (client := self._find_client()) is not None:
             connections[client] += 1
         if client is not None and connections[client] > settings.max_connections_per_client:
@@ -139,9 +209,9 @@ class HttpGuard(Guard, HttpToolsProtocol):
             self._is_in_head = True
             self._expect(settings.head_wait_s)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def end_connection(self, exc: Exception | None) -> None:
         self._expect(None)
-        super().connection_lost(exc)
+        super().end_connection(exc)
 
     def refuse(self, error: ScanwireError) -> None:
         """Answers whatever came, or did not come, with a problem, and closes."""
@@ -167,9 +237,12 @@ class HttpGuard(Guard, HttpToolsProtocol):
         limit = self._bounds.settings.max_head_bytes
         self.refuse(HeadTooLarge(f"The address and the header fields may have {limit} bytes. Send less."))
 
-    def data_received(self, data: bytes) -> None:
+    def is_reading_paused(self) -> bool:
+        return self.flow.read_paused
+
+    def take_data(self, data: bytes) -> None:
         self._count = self._count + len(data) if self._is_in_head else len(data)
-        super().data_received(data)
+        super().take_data(data)
         settings = self._bounds.settings
         if self._is_in_head:
             if self._count > settings.max_head_bytes:
@@ -227,9 +300,12 @@ class WebSocketGuard(Guard, WebSocketsSansIOProtocol):
             self.read_paused = False
             self.transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
+    def is_reading_paused(self) -> bool:
+        return self.read_paused
+
+    def take_data(self, data: bytes) -> None:
         self._is_silent = False
-        super().data_received(data)
+        super().take_data(data)
 
     def check_life(self) -> None:
         """At a heartbeat: a peer that has said nothing since the last one is gone."""

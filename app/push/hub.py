@@ -1,16 +1,16 @@
 """From the log to every subscriber."""
 
 import asyncio
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
-from app.core.event import Cursor, Event, EventType, make_event
+from app.core.event import Cursor, Event
 from app.log.eventlog import EventLog
 from app.push.frames import Framing
+from app.push.parting import Parting
 from app.push.puller import Puller
 from app.push.reader import Watch
 from app.push.subscriber import Pusher, Subscriber, Wire
@@ -62,7 +62,7 @@ class Hub:
         self._subscribers: set[Subscriber] = set()
         self._wheel: list[set[Pusher]] = [set() for _ in range(SPOKES)]
         self._spokes = cycle(self._wheel)
-        self._farewell_ms: int | None = None  # set when the service drains
+        self.parting = Parting(self._subscribers, log.now_ms)
         self._pushed: Counter[str] = Counter()  # by those who have left
         self._flushes = 0
         # From the making of the oldest durable event in a flush to the last write, in seconds.
@@ -166,11 +166,11 @@ class Hub:
 
     def _connect(self, subscriber: Subscriber) -> None:
         self._subscribers.add(subscriber)
-        if self._farewell_ms is not None:
-            self._say_bye(subscriber, self._farewell_ms)
+        self.parting.note_connected(subscriber)
 
     def _leave(self, subscriber: Subscriber) -> None:
         self._subscribers.discard(subscriber)
+        self.parting.note_left()
         if isinstance(subscriber, Pusher):
             for spoke in self._wheel:
                 spoke.discard(subscriber)
@@ -203,17 +203,6 @@ class Hub:
                 await asyncio.sleep(every_s / SPOKES)
                 for subscriber in list(spoke):
                     subscriber.beat()
-
-    def drain(self, spread_ms: int) -> None:
-        """Says `bye` to every subscriber, now and from now on, with a `reconnect_ms` of their own up to `spread_ms`,
-        so that they do not all come back at once."""
-        self._farewell_ms = spread_ms
-        for subscriber in list(self._subscribers):
-            self._say_bye(subscriber, spread_ms)
-
-    def _say_bye(self, subscriber: Subscriber, spread_ms: int) -> None:
-        data = {"reconnect_ms": random.randint(0, spread_ms)}
-        subscriber.close(make_event(EventType.BYE, "", 0, data, self._log.now_ms()))
 
     def statistics(self) -> HubStatistics:
         subscribers, pushed = Counter[str](), self._pushed.copy()

@@ -20,6 +20,7 @@ class Subscriber(Reader):
         super().__init__(log)
         self.transport = transport
         self.pushed = 0  # events given so far
+        self.is_leaving = False  # it was told `bye`
         self._left = left
 
     def __enter__(self) -> Self:

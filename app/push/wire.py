@@ -59,6 +59,7 @@ class Connection(Guard):
         """A stream begins. `drained` is called when the transport has drained, after `is_ready` was False."""
         if not self.transport.is_closing():
             self._drained, self.is_ready = drained, not self._is_behind
+            self.expect_delivery()
 
     def finish(self) -> None:
         """The stream is over: what was written still goes out."""
@@ -90,9 +91,9 @@ class Connection(Guard):
     def is_streaming(self) -> bool:
         return self._drained is not None
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def end_connection(self, exc: Exception | None) -> None:
         self.finish()
-        super().connection_lost(exc)
+        super().end_connection(exc)
 
 
 class HttpConnection(Connection, HttpGuard):

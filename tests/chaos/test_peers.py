@@ -150,7 +150,8 @@ async def test_a_body_that_nobody_reads_and_that_never_comes_is_waited_for_only_
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         await peer.ask("/v1/scans/s_a/events", SSE, "Content-Length: 5", body=b"one")
         assert (await peer.read_head())[0].split()[1] == b"200"
-        await peer.read_rest()  # the end comes
+        async with asyncio.timeout(10):
+            await peer.read_rest()  # the end comes
         await until(lambda: not any(count_held(serving)))
 
 
@@ -191,10 +192,11 @@ async def test_a_download_that_is_taken_too_slowly_is_cut_off(tmp_path: Path, sa
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED, *[PART] * 1000, ended(State.COMPLETED))
         await peer.ask("/v1/scans/s_a/matches")
         body = await peer.read_exactly(100)
-        with contextlib.suppress(EOFError, ConnectionError):
-            while some := await peer.read_some(100):
-                body += some
-                await asyncio.sleep(0.01)  # slow, as this is what it is about
+        async with asyncio.timeout(20):
+            with contextlib.suppress(EOFError, ConnectionError):
+                while some := await peer.read_some(100):
+                    body += some
+                    await asyncio.sleep(0.01)  # slow, as this is what it is about
         assert not body.endswith(b"\r\n0\r\n\r\n")
 
 
