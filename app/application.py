@@ -20,8 +20,10 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from app.api import external, operations, polling, prices, scans, sse, websocket
+from app.api import external, legacy, legacy_progress, operations, polling, prices, scans, sse, websocket
 from app.api.addresses import make_counting
+from app.api.deprecation import ROUTES, Deprecated
+from app.api.legacy_answers import LegacyRows
 from app.api.openapi import make_openapi
 from app.api.problems import PROBLEMS
 from app.api.security import protect
@@ -67,12 +69,16 @@ def make_clock_ms(
 
 
 def create_app(
-    settings: Settings | None = None, *, take_over: Callable[[StateLock], Awaitable[None]] | None = None
+    settings: Settings | None = None,
+    *,
+    take_over: Callable[[StateLock], Awaitable[None]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
     """The ASGI application. Settings come from the environment when none are given.
 
     With `take_over` everything is made ready that another process on the same state directory need not end for; then
-    it is called, and returns with the lock.
+    it is called, and returns with the lock. `clock` gives monotonic seconds: limits, sessions, retention and
+    timestamps go by it.
     """
     settings = settings or Settings()
     routes = [
@@ -91,6 +97,16 @@ def create_app(
         Route("/metrics", operations.get_metrics, methods=["GET"]),
         Route("/openapi.json", make_openapi, methods=["GET"]),
         WebSocketRoute("/v1/ws", websocket.serve_websocket),
+        Route("/api/scan/execute", legacy.execute_scan, methods=["POST"]),
+        Route("/api/operation/execute", legacy.execute_operation, methods=["POST"]),
+        Route("/api/scan/status", legacy.get_newest_status, methods=["GET"]),
+        Route("/api/scan/status/{id}", legacy.get_status, methods=["GET"]),
+        Route("/api/scan/results/{id}", legacy.get_results, methods=["GET"]),
+        Route("/api/scan/list", legacy.list_scans, methods=["GET"]),
+        Route("/api/scans/{id}", legacy.get_execution, methods=["GET"]),
+        Route("/api/health", legacy.get_health, methods=["GET"]),
+        Route("/api/performance", legacy.get_performance, methods=["GET"]),
+        WebSocketRoute("/api/scan/progress/{id}", legacy_progress.serve_progress),
         Mount("/static", GZipMiddleware(StaticFiles(directory=STATIC))),
         Route("/", get_page, methods=["GET"]),
         Route("/scans/{id}", get_page, methods=["GET"]),
@@ -98,8 +114,11 @@ def create_app(
     app = Starlette(routes=routes, exception_handlers=PROBLEMS, lifespan=_run_service)
     app.state.settings = settings
     app.state.take_over = take_over
+    app.state.clock = clock
     app.state.snapshots = polling.SnapshotCache()
-    return protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
+    app.state.legacy_rows = LegacyRows(settings.legacy_memory_bytes)
+    protected = protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
+    return Deprecated(protected, lambda: app.state.service.metrics)
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:
@@ -120,8 +139,9 @@ async def get_page(request: Request) -> Response:
 async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """Everything that lives as long as the service. Stopped in the opposite order: work first, the journal last."""
     settings: Settings = app.state.settings
-    now_ms = make_clock_ms()
-    metrics = Metrics()
+    clock: Callable[[], float] = app.state.clock
+    now_ms = make_clock_ms(clock)
+    metrics = Metrics(ROUTES)
     watchdog = Watchdog(settings.block_report_ms / 1000)
     journal = SqliteJournal(settings.state_dir / JOURNAL_NAME, settings.durability)
     log = EventLog(
@@ -133,7 +153,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     if app.state.take_over is None:
         await log.open()
     try:
-        async with Runner(settings, log, clock=time.monotonic) as runner:
+        async with Runner(settings, log, clock=clock) as runner:
             await runner.pool.warm_up()
             store = await runner.pool.call(inspect_prices, await _find_prices(settings, runner))
             if app.state.take_over is not None:
@@ -141,12 +161,10 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 await log.open()
             hub = Hub(log, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
             hub.note_lag = metrics.note_push_lag
-            limits = Limits(settings)
-            sessions = Sessions(
-                idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=time.monotonic
-            )
-            producers = Producers(settings, log, clock=time.monotonic)
-            admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=time.monotonic)
+            limits = Limits(settings, clock)
+            sessions = Sessions(idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=clock)
+            producers = Producers(settings, log, clock=clock)
+            admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=clock)
             reaper = Reaper(settings, log, runner, producers, admission, sessions, limits)
             runner.finished = producers.finished = sessions.forget
             metrics.watch(log, hub, runner, sessions, limits, reaper, watchdog)

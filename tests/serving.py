@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ GENEROUS = {
     "connect_burst": 100_000,
     "message_per_s": 100_000,
     "message_burst": 100_000,
+    "legacy_execute_per_min": 100_000,
     "max_active_per_client": 1000,
     "max_queued": 1000,
     "max_streams_per_client": 1000,
@@ -88,16 +90,18 @@ async def serve(
     port: int = 0,
     send_buffer: int | None = None,
     tls: Tls | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[Serving]:
-    """Serves until the block is left, then stops in an orderly way.
+    """Serves until the block is left, then stops in an orderly way. Limits and sessions go by `clock`.
 
     With `send_buffer` the kernel holds no more than about so many bytes for each peer, so that one which stops reading
     is noticed soon.
     """
-    app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)))
+    app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)), clock=clock)
     state = find_state(app)
-    with socket.socket() as listener:
+    # With its protocol named, asyncio sends small answers at once.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

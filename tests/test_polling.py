@@ -12,6 +12,7 @@ import pytest_asyncio
 from app.core.scan import Progress, State
 from app.push import reader as reader_module
 from tests.conftest import until
+from tests.legacy.clients import Clock
 from tests.peers import meet
 from tests.serving import Serving, serve
 from tests.test_bad_input import check_problem
@@ -68,6 +69,28 @@ async def test_the_hints_of_long_polls_without_news_grow(tmp_path: Path, sample_
                 (await serving.http.get(address, headers={"Prefer": "wait=1"})).json()["poll_after_s"] for _ in range(5)
             ]
             assert all(later >= earlier * 1.19 for earlier, later in itertools.pairwise(hints))
+
+
+async def test_a_hint_aims_just_behind_the_end_that_is_expected_by_now(tmp_path: Path, sample_prices: Path) -> None:
+    clock = Clock()
+    async with serve(tmp_path, sample_prices, workers=1, clock=clock, producer_timeout_s=600) as serving:
+        scan = await serving.submit("external", total=60)
+        token = {"Authorization": f"Bearer {scan['producer_token']}"}
+
+        async def ask() -> float:
+            hint: float = (await serving.http.get(scan["links"]["self"])).json()["poll_after_s"]
+            return hint
+
+        for passes_s, done, least in ((6, 6, 27.0), (24, 30, 30.0), (0, 30, 30.0), (10, None, 20.4), (15, None, 5.25)):
+            await clock.sleep(passes_s)
+            if done is not None:
+                posted = await serving.http.post(
+                    scan["links"]["events"], json={"type": "progress", "done": done}, headers=token
+                )
+                assert posted.status_code == 202
+            # Anew each time: that a hint grows while nothing changes is another rule.
+            serving.service.sessions._scans.clear()
+            assert least - 0.01 <= await ask() <= least + 1.01
 
 
 async def test_who_pages_through_events_is_not_told_to_wait_while_there_is_more(

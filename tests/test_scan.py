@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.errors import InvalidCursor, WrongState
-from app.core.estimate import POLL_MAX_S, estimate_rest, estimate_starts, hint_poll
+from app.core.estimate import POLL_MAX_S, estimate_end, estimate_rest, estimate_starts, hint_poll
 from app.core.event import Cursor, EventType, make_event
 from app.core.scan import Scan, State, canonical_row, check_transition, digest_rows, make_same_key
 
@@ -161,6 +161,41 @@ def test_poll_hints_stay_between_1_and_30_s_before_jitter(
     eta_s: tuple[float, float] | None, last_s: float | None, jitter: float
 ) -> None:
     assert 1 <= hint_poll(eta_s, last_s, jitter) <= POLL_MAX_S * 1.1 + 0.001
+
+
+@given(
+    st.integers(3, 3000),
+    st.floats(0.03, 1, exclude_max=True),
+    st.floats(0.1, 5),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_who_polls_a_steady_scan_by_its_hints_comes_just_after_its_end(
+    whole_s: int, first: float, step_s: float, jitter: float
+) -> None:
+    """However long it takes, whenever the first poll is, and however seldom there is news."""
+    now, polls, last_s, seen = first * whole_s, 0, None, None
+    steps = max(1, round(whole_s / step_s))
+    while now < whole_s:
+        done = int(now / whole_s * steps)
+        reached = done * whole_s / steps
+        rate, eta_s = estimate_rest(done, steps, reached, None)
+        end_s = estimate_end(done, steps, rate, now - reached)
+        last_s = hint_poll(eta_s, last_s if seen == done else None, jitter, end_s)
+        now, polls, seen = now + last_s, polls + 1, done
+    if first * steps >= 1:  # it was known from the first poll on how fast it is
+        assert now - whole_s <= 1.2 + 0.01 * POLL_MAX_S + 0.1
+        assert polls <= 2 + whole_s / (POLL_MAX_S - 1)
+
+
+def test_without_a_rate_the_end_cannot_be_told() -> None:
+    for done, total, rate in ((0, 10, 1.0), (1, None, 1.0), (1, 10, None), (1, 10, 0.0)):
+        assert estimate_end(done, total, rate, 0.0) is None
+    assert estimate_end(50, 100, 10.0, 2.0) == pytest.approx(3.0, abs=0.3)
+    assert estimate_end(50, 100, 10.0, 60.0) == pytest.approx(0.2)  # overdue
+
+
+def test_a_slow_rate_is_told_with_the_digits_that_it_has() -> None:
+    assert estimate_rest(1, 100, 30.0, None)[0] == 0.03333
 
 
 def test_poll_hints_grow_by_a_fifth_while_nothing_changes() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anyio import BrokenWorkerProcess
 
+from app.core.errors import WorkerCrashed
 from app.core.scan import Rows, State, digest_rows
 from app.engine import runner as runner_module
 from app.engine.worker import ROWS_PER_EVENT, ChunkResult, warm_up
@@ -34,11 +34,29 @@ async def test_a_scanner_that_leaves_the_program_fails_its_scan_alone(
         assert engine.is_at_rest()
 
 
+async def test_a_scanner_that_raises_what_ends_tasks_ends_its_scan_and_no_task(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    """Sent on into the event loop, it ended the scan's task, and the scan had no end."""
+    async with running(tmp_path, sample_prices) as engine:
+        scan = await engine.finish(await engine.submit("trial-crashing", how="cancelled"))
+        assert scan.end is not None
+        assert scan.end["error"]["type"].endswith("worker-crashed")
+        assert engine.is_at_rest()
+
+
+async def test_what_a_scanner_prints_stays_out_of_the_pipe(tmp_path: Path, sample_prices: Path) -> None:
+    async with running(tmp_path, sample_prices, workers=1) as engine:
+        assert await engine.runner.pool.call(os.write, 1, b"noise") == 5
+        assert await engine.runner.pool.call(print, "noise", True) is None
+        assert await engine.runner.pool.call(abs, -1) == 1
+
+
 async def test_a_worker_that_is_left_counts_as_dead_and_the_next_call_is_served(
     tmp_path: Path, sample_prices: Path
 ) -> None:
     async with running(tmp_path, sample_prices, workers=1) as engine:
-        with pytest.raises(BrokenWorkerProcess):
+        with pytest.raises(WorkerCrashed, match="ended by itself with exit code 3"):
             await engine.runner.pool.call(sys.exit, 3)
         assert await engine.runner.pool.call(abs, -1) == 1
 
@@ -56,7 +74,7 @@ def count_workers() -> int:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-            found += int(parent) == os.getpid() and b"anyio.to_process" in (process / "cmdline").read_bytes()
+            found += int(parent) == os.getpid() and b"app.engine.calls" in (process / "cmdline").read_bytes()
         except OSError:  # it has just gone
             continue
     return found

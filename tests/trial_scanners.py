@@ -1,9 +1,12 @@
 """Scanners that misbehave on request, registered as a third party would: through the entry point group."""
 
+import asyncio
+import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -19,6 +22,7 @@ class GateParams(MarketParams):
 
 
 class CrashParams(GateParams):
+    how: str = Field("killed", description="one of DEATHS")
     marker: str | None = Field(None, description="a file; once it is there, nothing crashes any more")
 
 
@@ -43,12 +47,47 @@ def find_gated(prices: Prices, params: GateParams) -> pl.DataFrame:
     return frame.group_by("symbol", maintain_order=True).agg(pl.col("date").first())
 
 
+def _raise_cancelled() -> None:
+    raise asyncio.CancelledError
+
+
+def _use_up_native_memory() -> None:
+    frame = pl.DataFrame({"a": [0.5] * 1000})
+    for _ in range(18):  # 2 GB at most
+        frame = pl.concat([frame, frame], rechunk=True)
+
+
+def _use_up_python_memory() -> None:
+    kept = [bytearray(2**24) for _ in range(128)]  # 2 GB at most
+    kept.clear()
+
+
+def _leave_a_child() -> None:
+    """Its child has the pipes of the dead process open, for a while."""
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+DEATHS: dict[str, Callable[[], object]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "killed, with a child": _leave_a_child,
+    "segfault": lambda: ctypes.string_at(0),
+    "no memory in Python": _use_up_python_memory,
+    "no memory in native code": _use_up_native_memory,
+    "hanging": lambda: time.sleep(3600),
+    "hanging in native code": lambda: ctypes.PyDLL(None).sleep(3600),  # PyDLL: it holds the interpreter's lock
+    "cancelled": _raise_cancelled,
+}
+
+
 def find_crashing(prices: Prices, params: CrashParams) -> pl.DataFrame:
     frame = prices.with_features([])
     if _is_meant(frame, params) and not (params.marker and Path(params.marker).exists()):
         if params.marker:
             Path(params.marker).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        DEATHS[params.how]()
     return find_gated(prices, params)
 
 

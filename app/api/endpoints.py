@@ -70,6 +70,7 @@ class Endpoint:
     parameters: Sequence[Parameter] = ()
     takes_submission: bool = False
     takes: Mapping[str, type[BaseModel] | Schema] = field(default_factory=dict)  # another body, as in Answer.content
+    is_body_optional: bool = False
     answers: Mapping[int, Answer]
     # Beside those that can come anywhere, see `app.api.openapi.list_refusals`.
     refusals: tuple[type[ScanwireError], ...] = ()
@@ -77,6 +78,7 @@ class Endpoint:
     is_stream: bool = False
     needs_operator: bool = False
     needs_token: bool = False  # that of a scan's producer
+    is_deprecated: bool = False  # one of old, see `app.api.deprecation`
 
 
 LIMITED = ("RateLimit-Policy", "RateLimit")

@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
-from app.api import external, models, operations
+from app.api import external, legacy_endpoints, models, operations
 from app.api.endpoints import IF_NONE_MATCH, REF, Answer, Endpoint, Parameter, Schema, list_endpoints
 from app.api.formats import JSON
+from app.api.legacy_endpoints import list_legacy_endpoints
 from app.core.errors import Forbidden, InvalidRequest, KeyRequired, ScanwireError, TooLarge
 from app.core.scan import State
 from app.core.settings import Settings
@@ -58,6 +59,8 @@ _HEADERS: dict[str, tuple[Schema, str]] = {
         {"type": "string"},
         "a file name; of CSV and Parquet. It begins with `synthetic-` where prices are invented",
     ),
+    "Deprecation": ({"type": "string", "pattern": "^@[0-9]+$"}, "since when, in seconds since 1970 (RFC 9745)"),
+    "Link": ({"type": "string"}, "what takes the place of this address, as `successor-version`"),
     "WWW-Authenticate": ({"type": "string"}, "how to send a key or token"),
 }
 # Fields of refusals, by status; those that need not be there end in `?`.
@@ -72,7 +75,7 @@ _REFUSAL_HEADERS = {
 
 def make_document(settings: Settings) -> Schema:
     """The whole document for a server with these settings."""
-    endpoints = [*list_endpoints(settings), _OWN]
+    endpoints = [*list_endpoints(settings), *list_legacy_endpoints(), _OWN]
     refs, schemas = _make_schemas(list_scanners())
     paths: dict[str, Schema] = {}
     for endpoint in endpoints:
@@ -111,6 +114,7 @@ def _make_schemas(scanners: Sequence[Scanner]) -> tuple[Mapping[Any, Schema], di
         *models.ANSWERS,
         *operations.ANSWERS,
         *external.MODELS,
+        *legacy_endpoints.MODELS,
         Submission,
         ExternalParams,
         *dict.fromkeys(one.params for one in scanners),
@@ -170,8 +174,10 @@ def _make_operation(endpoint: Endpoint, settings: Settings, refs: Mapping[Any, S
     operation: Schema = {
         "operationId": endpoint.id or endpoint.handler.__name__,
         "summary": endpoint.summary,
-        "tags": ["scans" if "scan" in endpoint.path or "events" in endpoint.path else "operations"],
+        "tags": [_choose_tag(endpoint)],
     }
+    if endpoint.is_deprecated:
+        operation["deprecated"] = True
     if endpoint.text:
         operation["description"] = endpoint.text
     if endpoint.parameters:
@@ -180,7 +186,8 @@ def _make_operation(endpoint: Endpoint, settings: Settings, refs: Mapping[Any, S
         content = {"schema": refs[Submission], "examples": make_examples(list_scanners()) | _EXTERNAL_EXAMPLE}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
     if endpoint.takes:
-        operation["requestBody"] = {"required": True, "content": _make_content(endpoint.takes, refs)}
+        content = _make_content(endpoint.takes, refs)
+        operation["requestBody"] = {"required": not endpoint.is_body_optional, "content": content}
     if endpoint.needs_token:
         operation["security"] = [{"producer": []}]
     if endpoint.is_probe and (settings.api_keys or settings.operator_keys):
@@ -192,8 +199,18 @@ def _make_operation(endpoint: Endpoint, settings: Settings, refs: Mapping[Any, S
     for refusal in list_refusals(endpoint, settings):
         by_status.setdefault(refusal.status, []).append(refusal)
     responses |= {status: _make_refusal(status, kinds, refs) for status, kinds in by_status.items()}
+    if endpoint.is_deprecated:
+        marks = _make_headers(("Deprecation", "Link"))["headers"]
+        for response in responses.values():
+            response["headers"] = response.get("headers", {}) | marks
     operation["responses"] = {str(status): responses[status] for status in sorted(responses)}
     return operation
+
+
+def _choose_tag(endpoint: Endpoint) -> str:
+    if endpoint.is_deprecated:
+        return "legacy"
+    return "scans" if "scan" in endpoint.path or "events" in endpoint.path else "operations"
 
 
 def list_refusals(endpoint: Endpoint, settings: Settings) -> dict[type[ScanwireError], None]:

@@ -14,9 +14,9 @@ from starlette.responses import Response
 from app.api.formats import JSON
 from app.api.service import Service, get_client, get_service
 from app.core.errors import InvalidParams
-from app.core.estimate import POLL_MIN_S
+from app.core.estimate import POLL_MIN_S, estimate_end
 from app.core.event import Cursor, Event, EventType
-from app.core.scan import Progress, Scan
+from app.core.scan import Progress, Scan, State
 from app.core.snapshot import make_snapshot
 from app.push.puller import Puller
 
@@ -97,10 +97,12 @@ def hint_next(service: Service, client: str, scan: Scan, after: int = 0) -> floa
         return None
     progress = service.log.get_progress(scan.id)
     version = (scan.n, None if progress is None else progress.done, after)
-    eta_s = service.runner.estimate_change(scan)
-    if scan.producer is not None and progress is not None:
-        eta_s = progress.eta_s
-    return service.sessions.poll(client, scan.id, version, eta_s)
+    end_s = None
+    if progress is not None and scan.state is not State.QUEUED:
+        age_s = service.log.get_progress_age_s(scan.id)
+        end_s = estimate_end(progress.done, progress.total, progress.rate, age_s)
+    eta_s = service.runner.estimate_change(scan) if end_s is None else None
+    return service.sessions.poll(client, scan.id, version, eta_s, end_s)
 
 
 async def get_snapshot(request: Request) -> Response:
@@ -134,7 +136,7 @@ async def _hold(request: Request, subscriber: Puller, scan_ids: Sequence[str], w
     service.limits.charge("connect", client)
     with service.limits.open_stream(client), service.sessions.stream(client, scan_ids, is_poll=True):
         waiting = asyncio.create_task(_wait_for_news(subscriber, wait_s))
-        leaving = asyncio.create_task(_wait_until_gone(request))
+        leaving = asyncio.create_task(wait_until_gone(request))
         try:
             await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
             return waiting.result() if waiting.done() else []
@@ -156,7 +158,7 @@ async def _wait_for_news(subscriber: Puller, wait_s: float) -> list[Event]:
     return latest
 
 
-async def _wait_until_gone(request: Request) -> None:
+async def wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -158,7 +158,7 @@ async def get_matches(request: Request) -> Response:
         **service.limits.headers("read", client),
     }
     if format_ in (CSV, PARQUET):
-        pages = [event.json async for event in _read_matches(service, scan)]
+        pages = [event.json async for event in read_matches(service, scan)]
         columns = () if scan.scanner == EXTERNAL else ("symbol", "date")
         body = await service.runner.pool.call(export_rows, pages, format_ == CSV, columns)
         extension = "csv" if format_ == CSV else "parquet"
@@ -169,7 +169,7 @@ async def get_matches(request: Request) -> Response:
     return StreamingResponse(write(service, scan), headers=headers, media_type=format_)
 
 
-async def _read_matches(service: Service, scan: Scan) -> AsyncIterator[Any]:
+async def read_matches(service: Service, scan: Scan) -> AsyncIterator[Any]:
     """The events with matches, up to the state that `scan` is in."""
     after = 0
     while after < scan.n and (events := await service.log.read(scan.id, after)):
@@ -191,7 +191,7 @@ async def _write_json(service: Service, scan: Scan) -> AsyncIterator[bytes]:
     }
     yield orjson.dumps(head)[:-1] + b',"rows":['
     comma = b""
-    async for event in _read_matches(service, scan):
+    async for event in read_matches(service, scan):
         rows = orjson.dumps(event.load_data()["rows"])[1:-1]
         if rows:
             yield comma + rows
@@ -200,5 +200,5 @@ async def _write_json(service: Service, scan: Scan) -> AsyncIterator[bytes]:
 
 
 async def _write_ndjson(service: Service, scan: Scan) -> AsyncIterator[bytes]:
-    async for event in _read_matches(service, scan):
+    async for event in read_matches(service, scan):
         yield b"".join(orjson.dumps(row) + b"\n" for row in event.load_data()["rows"])

@@ -137,28 +137,30 @@ async def _read(
 async def _write(
     websocket: WebSocket, dialogue: "_Dialogue", subscriber: Puller, replies: "asyncio.Queue[bytes]", stall_s: float
 ) -> None:
-    async def send(text: str) -> None:
-        try:
-            async with asyncio.timeout(stall_s):
-                await websocket.send_text(text)
-        except TimeoutError:
-            with contextlib.suppress(TimeoutError):  # as likely as not it cannot be told so either
-                async with asyncio.timeout(1):
-                    await websocket.close(STALLED, "nothing was taken for too long")
-            raise WebSocketDisconnect(STALLED) from None
-
     async with contextlib.aclosing(subscriber.batches(ends=False)) as batches:
         async for batch in batches:
             while not replies.empty():
-                await send(replies.get_nowait().decode())
+                await send_within(stall_s, websocket, replies.get_nowait().decode())
             if (refusal := dialogue.refusal) is not None:
                 await websocket.close(refusal.close_code, close_reason(refusal))
                 return
             for event in batch:
-                await send(event.json.decode())
+                await send_within(stall_s, websocket, event.json.decode())
                 if event.type is EventType.BYE:
                     await websocket.close(1001, GOING_AWAY)
                     return
+
+
+async def send_within(stall_s: float, websocket: WebSocket, text: str) -> None:
+    """Sends a message. Closes the connection and raises WebSocketDisconnect when the peer does not take it in time."""
+    try:
+        async with asyncio.timeout(stall_s):
+            await websocket.send_text(text)
+    except TimeoutError:
+        with contextlib.suppress(TimeoutError):  # as likely as not it cannot be told so either
+            async with asyncio.timeout(1):
+                await websocket.close(STALLED, "nothing was taken for too long")
+        raise WebSocketDisconnect(STALLED) from None
 
 
 class _Dialogue:

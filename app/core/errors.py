@@ -262,7 +262,7 @@ class ScanFailed(ScanwireError):
 
 class WorkerCrashed(ScanFailed):
     type = "urn:scanwire:problem:worker-crashed"
-    title = "The worker process died twice on the same chunk"
+    title = "The worker process died"
 
 
 class DeadlineExceeded(ScanFailed):

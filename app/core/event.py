@@ -55,9 +55,10 @@ class Cursor:
         return cls(match[1], int(match[2]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make, and is done for every event
 class Event:
-    """One event, turned into JSON once. `n` is its place in the service-wide order; None for ephemeral ones."""
+    """One event, turned into JSON once; it never changes. `n` is its place in the service-wide order; None for
+    ephemeral ones."""
 
     type: EventType
     scan: str
@@ -83,15 +84,8 @@ def make_event(
 ) -> Event:
     """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
     here and null on the wire."""
-    head: dict[str, Any] = {} if cursor is None else {"id": str(cursor)}
-    whole = {**head, "scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
-    body = orjson.dumps(whole, default=_take_json)
-    return Event(
-        type=type,
-        scan=scan,
-        seq=seq,
-        n=None if cursor is None else cursor.n,
-        id=None if cursor is None else str(cursor),
-        json=body,
-        ts=ts,
-    )
+    whole: dict[str, Any] = {"scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
+    if cursor is None:
+        return Event(type, scan, seq, None, None, orjson.dumps(whole, default=_take_json), ts)
+    id = str(cursor)
+    return Event(type, scan, seq, cursor.n, id, orjson.dumps({"id": id, **whole}, default=_take_json), ts)

@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     max_queued: int = Field(16, ge=0, le=100_000, description="scans that may wait; 0 refuses when the slots are full")
     max_active_per_client: int = Field(8, ge=1, description="scans of one client that may be queued or running")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 2, ge=1, le=256, description="worker processes")
+    worker_memory_mb: int = Field(
+        2048, ge=0, description="memory of one worker process; 0 for no bound. A chunk as large as they come takes 300"
+    )
+    chunk_deadline_s: float = Field(60, gt=0, description="a worker that has a chunk for longer is killed")
     scan_deadline_s: float = Field(300, gt=0, description="a scan that runs longer is failed")
     chunk_rows: int = Field(200_000, ge=1, description="price rows in one chunk, about")
     reuse_s: float = Field(300, ge=0, description="a finished scan answers the same request this long")
@@ -97,6 +101,7 @@ class Settings(BaseSettings):
     connect_burst: int = Field(10, ge=1)
     message_per_s: float = Field(10, gt=0)
     message_burst: int = Field(50, ge=1)
+    legacy_execute_per_min: float = Field(100, gt=0, description="POST /api/scan/execute, whose clients send many")
     max_buckets: int = Field(100_000, ge=16, description="token buckets held in all")
     max_streams_per_client: int = Field(32, ge=1)
     max_streams: int = Field(20_000, ge=1, description="open streams in all")
@@ -114,6 +119,14 @@ class Settings(BaseSettings):
     long_poll_max_s: float = Field(50, gt=0, description="a long poll is held open for this long at the most")
     max_message_bytes: int = Field(65_536, ge=128, description="one WebSocket message in")
     max_body_bytes: int = Field(65_536, ge=128, description="one request body")
+
+    # Clients of old, under /api.
+    legacy_wait_s: float = Field(
+        20, ge=0, le=600, description="POST /api/scan/execute waits this long for the end, and answers with the rows"
+    )
+    legacy_memory_bytes: int = Field(
+        16 * 2**20, ge=0, description="rows of finished scans held in memory in the form of old, in all"
+    )
 
     # Reaper.
     reap_every_s: float = Field(5, gt=0)

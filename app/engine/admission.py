@@ -114,8 +114,13 @@ class Admission:
         self.is_draining = False
         self.back_s = settings.drain_s  # while it drains: when scans are likely to be taken again
 
-    async def submit(self, client: str, asked: Submission, idempotency_key: str | None = None) -> Admitted:
-        """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken."""
+    async def submit(
+        self, client: str, asked: Submission, idempotency_key: str | None = None, *, is_charged: bool = False
+    ) -> Admitted:
+        """The scan that answers this, accepted and committed. Raises what refuses it; then nothing was taken.
+
+        With `is_charged` the caller has charged a bucket for it, and no other is.
+        """
         try:
             body = orjson.dumps(asked.model_dump(), option=orjson.OPT_SORT_KEYS)
         except TypeError:  # orjson reads deeper than it writes
@@ -148,7 +153,7 @@ class Admission:
                 idempotency=idempotency,
                 cancel_when_unwatched_s=asked.cancel_when_unwatched_s,
             )
-            self._take_place(client, plan.rows)
+            self._take_place(client, plan.rows, is_charged)
             self._log.create(scan)
             self._sessions.expect(scan.id)
             if asked.reuse == "auto" or self._find_same(same_key) is None:
@@ -210,7 +215,7 @@ class Admission:
         is_external = self._log.get(scan_id).producer is not None
         return await (self._producers if is_external else self._runner).cancel(scan_id, by)
 
-    def _take_place(self, client: str, cost_rows: int | None) -> None:
+    def _take_place(self, client: str, cost_rows: int | None, is_charged: bool = False) -> None:
         """Raises the first limit that stands in the way; what was charged before it is given back.
 
         An external scan, which reads no rows at all (None), takes no slot and no place in the queue.
@@ -241,6 +246,8 @@ class Admission:
                 retry_after_s=runner.estimate_free_s(),
                 limit="max_active_per_client",
             )
+        if is_charged:
+            return
         self._limits.charge("submit", client)
         if cost_rows is not None and cost_rows > settings.heavy_rows:
             try:

@@ -1,4 +1,4 @@
-"""Match rows as a file. Runs in a worker process: a large table must not hold up the event loop."""
+"""Match rows in other forms. Runs in a worker process: a large table must not hold up the event loop."""
 
 import io
 from collections.abc import Sequence
@@ -27,3 +27,23 @@ def export_rows(events: Sequence[bytes], as_csv: bool, columns: Sequence[str]) -
     else:
         frame.write_parquet(buffer)
     return buffer.getvalue()
+
+
+def export_legacy(events: Sequence[bytes]) -> bytes:
+    """The rows of these `matches` events (their JSON) as the clients of old know them, best score first: an array."""
+    rows = [row for event in events for row in orjson.loads(event)["data"]["rows"]]
+    made = [
+        {
+            "ticker": row["symbol"],
+            "date": row["date"],
+            "gap_pct": row["gap_pct"],
+            "parabolic_score": row["parabolic_score"] or 0.0,
+            "lc_frontside_d2_extended": int(row["lc_frontside_d2_extended"]),
+            "volume": row["volume"],
+            "close": row["close"],
+            "confidence_score": round((row["parabolic_score"] or 0.0) / 100, 6),
+        }
+        for row in rows
+    ]
+    made.sort(key=lambda row: (-row["parabolic_score"], row["date"], row["ticker"]))
+    return orjson.dumps(made)

@@ -18,7 +18,7 @@ from aiolimiter import AsyncLimiter
 from app.core.errors import AtCapacity, RateLimited
 from app.core.settings import Settings
 
-PolicyName = Literal["submit", "submit-heavy", "read", "connect", "message"]
+PolicyName = Literal["submit", "submit-heavy", "read", "connect", "message", "legacy-execute"]
 # What `refused` counts: the buckets, and the places for streams.
 REFUSING = (*get_args(PolicyName), "streams", "streams-in-all")
 
@@ -148,6 +148,7 @@ def _policies(settings: Settings) -> dict[str, Policy]:
             "One connection can watch many scans: /v1/events?scan=A&scan=B.",
         ),
         burst("message", settings.message_burst, settings.message_per_s, "Events arrive without being asked for."),
+        per("legacy-execute", settings.legacy_execute_per_min, 60, "Send fewer, longer ranges: POST /v1/scans."),
     )
     return {policy.name: policy for policy in policies}
 

@@ -1,29 +1,37 @@
 """The worker processes: what runs in them cannot hold up the event loop, and can be killed."""
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
+from anyio import CapacityLimiter
 
 from app.core.errors import WorkerCrashed
+from app.engine.process import WorkerDied, WorkerProcess
 from app.engine.worker import ChunkJob, ChunkResult, run_chunk, warm_up
+
+LOAD_WITHIN_S = 60.0  # a process that is not ready by then is broken
 
 logger = logging.getLogger(__name__)
 
 
 class Pool:
-    """At most `size` calls at a time, in order of asking, each in a process of its own."""
+    """At most `size` calls at a time, in order of asking, each in a process of its own.
 
-    def __init__(self, size: int) -> None:
+    `memory_mb` bounds each process, and `chunk_deadline_s` the time of one chunk in it.
+    """
+
+    def __init__(self, size: int, *, memory_mb: int = 0, chunk_deadline_s: float = 60) -> None:
         self._size = size
+        self._memory_mb = memory_mb
+        self._chunk_deadline_s = chunk_deadline_s
         # Each is one of `size`: more threads inside would only fight for the same cores.
         os.environ.setdefault("POLARS_MAX_THREADS", "1")
         self._calls = CapacityLimiter(size)
-        self._processes = CapacityLimiter(size * 2)  # those that are starting are counted as well
+        self._alive: set[WorkerProcess] = set()
+        self._idle: list[WorkerProcess] = []
         self.crashes = 0  # processes that died on a chunk
 
     @property
@@ -32,37 +40,74 @@ class Pool:
 
     async def warm_up(self) -> None:
         """Starts all processes, so that the next call need not wait for one to load its libraries."""
-        await asyncio.gather(*(self.call(warm_up) for _ in range(self._size)))
+        await asyncio.gather(*(self.call(os.getpid) for _ in range(self._size)))
+
+    async def close(self) -> None:
+        """No process is left when this returns. No call may be running."""
+        for worker in (alive := list(self._alive)):
+            worker.kill()
+        await asyncio.gather(*(worker.ended.wait() for worker in alive))
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function in a worker process. Cancelling the caller kills that process.
 
-        Raises BrokenWorkerProcess when the process dies.
+        Raises WorkerCrashed when the process dies, and what the function raises.
         """
-        async with self._calls:
-            for _ in range(self._size * 2):
-                with contextlib.suppress(BrokenWorkerProcess):  # it had died before: not this caller's fault
-                    # anyio forgets a process that is cancelled while it starts; so it is let to start, and kept.
-                    await asyncio.shield(to_process.run_sync(os.getpid, limiter=self._processes))
-                    break
-            try:
-                return await to_process.run_sync(function, *args, cancellable=True, limiter=self._processes)
-            except (KeyboardInterrupt, SystemExit) as leaving:  # the worker's, sent on to here
-                raise BrokenWorkerProcess from leaving
+        try:
+            return await self._call(function, *args)
+        except WorkerDied as death:
+            logger.warning("a worker died: it %s", death.reason, extra={"action": "worker_died", "said": death.said})
+            raise WorkerCrashed(f"The worker process {death.reason}.") from None
 
     async def run_chunk(self, job: ChunkJob, scan_id: str, index: int) -> ChunkResult:
-        """The matches of a chunk, which is tried again once when the process dies. Raises WorkerCrashed, and what
-        the scanner raises."""
-        for is_last_try in (False, True):
+        """The matches of a chunk, which is tried again once, in a fresh process, when the process dies or hangs.
+
+        Raises WorkerCrashed, and what the scanner raises.
+        """
+        deaths: list[str] = []
+        while len(deaths) < 2:
             try:
-                result: ChunkResult = await self.call(run_chunk, job)
+                result: ChunkResult = await self._call(
+                    run_chunk, job, deadline_s=self._chunk_deadline_s, is_fresh=bool(deaths)
+                )
                 return result
-            except BrokenWorkerProcess:
+            except WorkerDied as death:
                 self.crashes += 1
-                logger.warning("worker died on chunk %d", index, extra={"action": "worker_died", "scan": scan_id})
-                if is_last_try:
-                    raise WorkerCrashed(
-                        f"The worker process died on chunk {index} and died again when the chunk was retried. "
-                        "Out of memory, or a fault in the scanner: ask for fewer symbols, or look at the server's log."
-                    ) from None
-        raise AssertionError("unreachable")
+                deaths.append(death.reason)
+                fields = {"action": "worker_died", "scan": scan_id, "said": death.said}
+                logger.warning("worker died on chunk %d: it %s", index, death.reason, extra=fields)
+        raise WorkerCrashed(
+            f"The worker process {deaths[0]} on chunk {index}, and the fresh one that tried it again {deaths[1]}. "
+            "Ask for fewer symbols, or look at the server's log."
+        )
+
+    async def _call(
+        self, function: Callable[..., Any], *args: Any, deadline_s: float | None = None, is_fresh: bool = False
+    ) -> Any:
+        async with self._calls:
+            while True:
+                was_idle = bool(self._idle) and not is_fresh
+                worker = self._idle.pop() if was_idle else await WorkerProcess.start(self._memory_mb, self._alive)
+                try:
+                    if not was_idle:  # what it takes to load the libraries is not the chunk's time
+                        await self._ask(worker, LOAD_WITHIN_S, warm_up)
+                    return await self._ask(worker, deadline_s, function, *args)
+                except WorkerDied:
+                    if worker.has_taken or not was_idle:
+                        raise
+                    # It had died before: not this caller's fault.
+                finally:
+                    # A fresh one that was started beside idle ones is one too many.
+                    if worker.is_free and len(self._idle) + self.busy <= self._size:
+                        self._idle.append(worker)
+                    else:
+                        worker.kill()
+
+    async def _ask(self, worker: WorkerProcess, deadline_s: float | None, *call: Any) -> Any:
+        try:
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await worker.call(*call)
+        except TimeoutError:
+            if not deadline.expired():
+                raise  # the function's own
+            raise WorkerDied(f"did not return within {deadline_s:g} s, its deadline, and was killed") from None

@@ -56,7 +56,9 @@ class Runner:
         self._running: dict[str, Run] = {}
         self._is_stopping = False
         self._group = asyncio.TaskGroup()
-        self.pool = Pool(settings.workers)
+        self.pool = Pool(
+            settings.workers, memory_mb=settings.worker_memory_mb, chunk_deadline_s=settings.chunk_deadline_s
+        )
         self._chores: set[asyncio.Task[None]] = set()
         self._runs: set[asyncio.Task[None]] = set()  # those that have a slot, and those that write their end
         self.rows_per_s: float | None = None  # price rows read, over the latest scans
@@ -72,7 +74,10 @@ class Runner:
         for task in [*self._chores, *self._runs]:
             task.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
-        await self._group.__aexit__(*error)
+        try:
+            await self._group.__aexit__(*error)
+        finally:
+            await self.pool.close()
 
     async def drain(self) -> None:
         """Returns when each running scan has come to its next checkpoint, from which the next start goes on.

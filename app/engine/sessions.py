@@ -90,16 +90,23 @@ class Sessions:
             if session.streams == 0 and not presence.is_poll:
                 self._close(presence.client, scan_id)
 
-    def poll(self, client: str, scan_id: str, version: object, eta_s: Range | None) -> float:
+    def poll(
+        self, client: str, scan_id: str, version: object, eta_s: Range | None, end_s: float | None = None
+    ) -> float:
         """Notes a poll; gives the seconds until the next one is worth making."""
         jitter = zlib.crc32(f"{client} {scan_id}".encode()) / 2**32
         if self._count >= self._max_sessions and client not in self._scans.get(scan_id, {}):
-            return hint_poll(eta_s, None, jitter)
+            return hint_poll(eta_s, None, jitter, end_s)
         session = self._open(client, scan_id)
         session.seen = self._clock()
-        hint_s = hint_poll(eta_s, session.hint_s if session.version == version else None, jitter)
+        last_s = session.hint_s if session.version == version else None
+        hint_s = hint_poll(eta_s, last_s, jitter, end_s)
         session.hint_s, session.version = hint_s, version
         return hint_s
+
+    def is_present(self, client: str, scan_id: str) -> bool:
+        """Whether the client has a session on the scan."""
+        return client in self._scans.get(scan_id, ())
 
     def forget(self, scan_id: str) -> None:
         """The scan has ended: nobody needs to be waited for."""

@@ -142,7 +142,7 @@ def run_chunk(job: ChunkJob) -> ChunkResult:
     frame, skipped = read_rows(job.path, job.slices, job.stamp)
     try:
         rows = find_rows(scanner, params, frame)
-    except ScanwireError:
+    except (ScanwireError, MemoryError):
         raise
     except (Exception, SystemExit, pl.exceptions.PanicException) as error:
         raise ScannerError(

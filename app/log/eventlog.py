@@ -26,6 +26,7 @@ class _ScanLog:
         "progress",
         "progress_event",
         "progress_timer",
+        "progress_ts",
         "shown",
         "size",
         "tip",
@@ -38,6 +39,7 @@ class _ScanLog:
         self.size = 0  # bytes of JSON in `events`
         self.checkpoints: list[Checkpoint] | None = None  # of a scan that a restart found; None: in the journal only
         self.progress: Progress | None = None  # the latest
+        self.progress_ts = 0  # when it came, in milliseconds since 1970
         self.progress_event: Event | None = None  # the one that is shown
         self.progress_timer: asyncio.TimerHandle | None = None  # until the next one may be shown
         self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit
@@ -197,7 +199,7 @@ class EventLog:
         log = self._logs.get(scan_id)
         if log is None or log.shown is None:
             return
-        log.progress = progress
+        log.progress, log.progress_ts = progress, self.now_ms()
         if log.progress_timer is None and not log.tip.state.is_terminal:
             self._show_progress(scan_id, log, None)
 
@@ -241,7 +243,8 @@ class EventLog:
                 self._forget(write.scan.id)
             elif log.events is not None:
                 log.events.extend(write.events)
-                log.size += sum(len(event.json) for event in write.events)
+                for event in write.events:
+                    log.size += len(event.json)
             if write.checkpoint is not None and log.checkpoints is not None:
                 log.checkpoints.append(write.checkpoint)
             self._appended += len(write.events)
@@ -314,6 +317,11 @@ class EventLog:
         log = self._logs.get(scan_id)
         return None if log is None else log.progress
 
+    def get_progress_age_s(self, scan_id: str) -> float:
+        """Seconds since the latest progress came; 0 when there is none."""
+        log = self._logs.get(scan_id)
+        return 0.0 if log is None or log.progress is None else (self.now_ms() - log.progress_ts) / 1000
+
     def get_progress_event(self, scan_id: str) -> Event | None:
         """The event that carries the latest progress, while the scan has not ended."""
         log = self._logs.get(scan_id)
@@ -327,12 +335,15 @@ class EventLog:
             return []
         if log.events is None:
             return None
-        low = bisect_right(log.events, after, key=lambda event: event.n or 0)
+        events = log.events
+        if len(events) == 1 or (len(events) > 1 and (events[-2].n or 0) <= after):
+            return events[-1:]  # the most common question: only the last one is new, as `shown.n` says
+        low = bisect_right(events, after, key=lambda event: event.n or 0)
         stop, size = low, 0
-        while stop < len(log.events) and (size == 0 or size + len(log.events[stop].json) <= max_bytes):
-            size += len(log.events[stop].json)
+        while stop < len(events) and (size == 0 or size + len(events[stop].json) <= max_bytes):
+            size += len(events[stop].json)
             stop += 1
-        return log.events[low:stop]
+        return events[low:stop]
 
     async def read(self, scan_id: str, after: int, max_bytes: int = READ_BYTES) -> list[Event]:
         """Committed events of a scan behind `after`, oldest first: at least one if there is one, and then no more

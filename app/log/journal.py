@@ -23,9 +23,12 @@ class Checkpoint:
     skipped: tuple[Skipped, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)  # not frozen, as events are not
 class Write:
-    """What becomes durable together: some events of one scan, the scan after them, and perhaps a checkpoint."""
+    """What becomes durable together: some events of one scan, the scan after them, and perhaps a checkpoint.
+
+    It never changes.
+    """
 
     scan: Scan
     events: tuple[Event, ...] = ()

@@ -29,7 +29,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 class Metrics:
     """Counters and histograms that are written where things happen; all else is read when it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, legacy_routes: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self._push_lag = Histogram(
             "scanwire_push_lag_seconds",
@@ -45,12 +45,27 @@ class Metrics:
         )
         self._push_lags: deque[float] = deque(maxlen=_KEPT)
         self._loop_lags: deque[float] = deque(maxlen=_KEPT)
+        self._legacy_calls = Counter(dict.fromkeys(legacy_routes, 0))
+        self._legacy_answers: deque[float] = deque(maxlen=_KEPT)
         ProcessCollector(registry=self.registry)
 
     def note_push_lag(self, lag_s: float) -> None:
         """From the making of a durable event to its being handed to the last transport that waited for it."""
         self._push_lag.observe(max(0.0, lag_s))
         self._push_lags.append(max(0.0, lag_s))
+
+    def count_legacy_call(self, route: str) -> None:
+        """One request under /api, answered or refused."""
+        self._legacy_calls[route] += 1
+
+    def note_legacy_answer(self, seconds: float) -> None:
+        """From a request under /api to the head of its answer."""
+        self._legacy_answers.append(seconds)
+
+    @property
+    def legacy_answer_s(self) -> float:
+        """Mean over the latest answers under /api; 0 before there was one."""
+        return sum(self._legacy_answers) / max(1, len(self._legacy_answers))
 
     async def measure_loop_lag(self, watchdog: Watchdog) -> None:
         """Measures for ever how late the event loop is; the watchdog looks at it when it is far too late."""
@@ -80,7 +95,7 @@ class Metrics:
         watchdog: Watchdog,
     ) -> None:
         """From now on the statistics of these parts are among the metrics."""
-        self.registry.register(_Parts(log, hub, runner, sessions, limits, reaper, watchdog))
+        self.registry.register(_Parts(log, hub, runner, sessions, limits, reaper, watchdog, self._legacy_calls))
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -98,7 +113,7 @@ class _Parts(Collector):
         self._parts = parts
 
     def collect(self) -> Iterator[Metric]:
-        log, hub, runner, sessions, limits, reaper, watchdog = self._parts
+        log, hub, runner, sessions, limits, reaper, watchdog, legacy_calls = self._parts
         running, limited = runner.statistics(), limits.statistics()
         states = Counter(scan.state for scan in log.list_scans())
         yield _by("gauge", "scans", "Scans kept, by state", "state", states, State)
@@ -119,6 +134,7 @@ class _Parts(Collector):
         yield _counter("worker_crashes", "Worker processes that died on a chunk", running.worker_crashes)
         yield _by("counter", "events_pushed", "Events handed to a transport", "transport", pushed, TRANSPORTS)
         yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused, REFUSING)
+        yield _by("counter", "legacy_calls", "Requests under /api, by route", "route", legacy_calls, ())
         yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped, KINDS)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ class Hub:
         loop, began = asyncio.get_running_loop(), time.monotonic()
         if self._pushing is None:
             dirty, self._dirty = self._dirty, {}
-            self._pushing = (turn for channel in dirty.values() for turn in self._push(channel))
+            self._pushing = self._push(dirty.values())
             self._flushes += 1
             self._took_s = 0.0
         for _ in self._pushing:
@@ -109,45 +109,47 @@ class Hub:
         self._pushing, self._is_scheduled = None, False
         self._schedule()
 
-    def _push(self, channel: Channel) -> Iterator[None]:
-        """Tells everybody what is new in one channel; yields now and then."""
-        log, after, told = self._log, channel.after, channel.progress
-        scan = log.find(channel.scan_id)
-        events = None if scan is None else log.read_nowait(channel.scan_id, after)
-        batch = list(events or ())
-        if scan is not None:
-            channel.after = scan.n
-            channel.progress = log.get_progress_event(channel.scan_id) or told
-            if channel.progress is not None and channel.progress is not told:
-                batch.append(channel.progress)
-        # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
-        is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
-        is_last = scan is None or scan.state.is_terminal
-        frames: dict[Framing, bytes] = {}
-        for place, (subscriber, watch) in enumerate(list(channel.members.items()), 1):
-            if (
-                is_whole
-                and watch.after == after
-                and watch.progress is told
-                and isinstance(subscriber, Pusher)
-                and subscriber.only is watch
-                and subscriber.wire.is_ready
-            ):
-                framing = subscriber.framing
-                if framing not in frames:
-                    frames[framing] = framing.encode(batch)
-                watch.after, watch.progress = channel.after, channel.progress
-                subscriber.pushed += len(batch)
-                subscriber.wire.write(frames[framing])
-                if is_last:
+    def _push(self, channels: Iterable[Channel]) -> Iterator[None]:
+        """Tells everybody what is new in these channels; yields now and then."""
+        log = self._log
+        for channel in channels:
+            after, told = channel.after, channel.progress
+            scan = log.find(channel.scan_id)
+            events = None if scan is None else log.read_nowait(channel.scan_id, after)
+            batch = events or []
+            if scan is not None:
+                channel.after = scan.n
+                progress = log.get_progress_event(channel.scan_id)
+                if progress is not None and progress is not told:
+                    channel.progress, batch = progress, [*batch, progress]
+            # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
+            is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
+            is_last = scan is None or scan.state.is_terminal
+            frames: dict[Framing, bytes] = {}
+            for place, (subscriber, watch) in enumerate(list(channel.members.items()), 1):
+                if (
+                    is_whole
+                    and watch.after == after
+                    and watch.progress is told
+                    and isinstance(subscriber, Pusher)
+                    and subscriber.only is watch
+                    and subscriber.wire.is_ready
+                ):
+                    framing = subscriber.framing
+                    if framing not in frames:
+                        frames[framing] = framing.encode(batch)
+                    watch.after, watch.progress = channel.after, channel.progress
+                    subscriber.pushed += len(batch)
+                    subscriber.wire.write(frames[framing])
+                    if is_last:
+                        subscriber.wake()
+                else:
                     subscriber.wake()
-            else:
-                subscriber.wake()
-            if place % SLICE == 0:
-                yield
-        if frames and events:
-            self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
-        yield
+                if place % SLICE == 0:
+                    yield
+            if frames and events:
+                self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
+            yield
 
     # Subscribers
 

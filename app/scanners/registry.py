@@ -60,11 +60,10 @@ class Scanner:
 
 @cache
 def _load() -> dict[str, Scanner]:
-    from app.scanners import backside, largecap, momentum, parabolic
+    from app.scanners import backside, largecap, legacy, momentum, parabolic
 
-    scanners = {
-        scanner.name: scanner for module in (momentum, backside, parabolic, largecap) for scanner in module.SCANNERS
-    }
+    modules = (momentum, backside, parabolic, largecap, legacy)
+    scanners = {scanner.name: scanner for module in modules for scanner in module.SCANNERS}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         try:
             scanner = entry.load()
