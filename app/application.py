@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from app.api import external, legacy, legacy_progress, operations, polling, prices, scans, sse, websocket
+from app.api import diagnosis, external, legacy, legacy_progress, operations, polling, prices, scans, sse, websocket
 from app.api.addresses import make_counting
 from app.api.deprecation import ROUTES, Deprecated
 from app.api.legacy_answers import LegacyRows
@@ -29,6 +29,7 @@ from app.api.problems import PROBLEMS
 from app.api.security import protect
 from app.api.service import Service
 from app.api.shortcuts import Shortcuts
+from app.core.scan import Scan
 from app.core.settings import JOURNAL_NAME, Settings
 from app.drain import Drain
 from app.engine.admission import Admission
@@ -42,8 +43,11 @@ from app.log.eventlog import EventLog
 from app.log.lock import StateLock
 from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
+from app.observe.lookout import Lookout
 from app.observe.metrics import Metrics
+from app.observe.tally import State, Tally, Timing, read_memory
 from app.observe.watchdog import Watchdog
+from app.observe.webhook import Webhook
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
 
@@ -92,6 +96,9 @@ def create_app(
         Route("/v1/prices/{symbol:path}", prices.get_prices, methods=["GET"]),  # there are symbols with a slash
         Route("/v1/performance", operations.get_performance, methods=["GET"]),
         Route("/v1/operations", operations.get_operations, methods=["GET"]),
+        Route("/v1/diagnosis", diagnosis.get_diagnosis, methods=["GET"]),
+        Route("/v1/operations/events", diagnosis.get_operations_events, methods=["GET"]),
+        Route("/v1/operations/emergency", diagnosis.set_emergency, methods=["POST"]),
         Route("/healthz", operations.get_health, methods=["GET"]),
         Route("/readyz", operations.get_ready, methods=["GET"]),
         Route("/metrics", operations.get_metrics, methods=["GET"]),
@@ -118,7 +125,9 @@ def create_app(
     app.state.snapshots = polling.SnapshotCache()
     app.state.legacy_rows = LegacyRows(settings.legacy_memory_bytes)
     protected = protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
-    return Deprecated(protected, lambda: app.state.service.metrics)
+    app.state.note_answer = None
+    deprecated = Deprecated(protected, lambda: app.state.service.metrics)
+    return Timing(deprecated, lambda: app.state.note_answer)
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:
@@ -166,7 +175,20 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             producers = Producers(settings, log, clock=clock)
             admission = Admission(settings, log, runner, producers, limits, sessions, store, clock=clock)
             reaper = Reaper(settings, log, runner, producers, admission, sessions, limits)
-            runner.finished = producers.finished = sessions.forget
+            tally = make_tally(settings, runner, hub, limits, watchdog)
+            lookout = Lookout(settings, tally, limits, sessions, admission, now_ms=now_ms)
+            metrics.watch_incidents(lookout)
+            webhook = Webhook(settings)
+            lookout.tell = webhook.submit
+            metrics.tell_push_lag, metrics.tell_loop_lag = tally.note_push_lag, tally.note_loop_lag
+            sessions.note_poll, sessions.note_stream = tally.note_poll, tally.note_connect
+            runner.note_chunk, app.state.note_answer = tally.note_chunk, tally.note_answer
+
+            def note_finished(scan_id: str) -> None:
+                sessions.forget(scan_id)
+                note_scan(tally, log.find(scan_id))
+
+            runner.finished = producers.finished = note_finished
             metrics.watch(log, hub, runner, sessions, limits, reaper, watchdog)
             app.state.service = Service(
                 settings=settings,
@@ -180,13 +202,20 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 admission=admission,
                 reaper=reaper,
                 metrics=metrics,
+                lookout=lookout,
             )
             await admission.take_up()
             # What was loaded to start lives as long as the service: the collector need not look at it again.
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
-            endless = (reaper.run(), hub.beat(settings.heartbeat_s), metrics.measure_loop_lag(watchdog))
+            endless = (
+                reaper.run(),
+                lookout.run(),
+                webhook.run(),
+                hub.beat(settings.heartbeat_s),
+                metrics.measure_loop_lag(watchdog),
+            )
             timers = [asyncio.create_task(work) for work in endless]
             try:
                 with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():
@@ -205,6 +234,33 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     finally:
         await log.close()
         logger.info("stopped", extra={"action": "stopped"})
+
+
+def make_tally(settings: Settings, runner: Runner, hub: Hub, limits: Limits, watchdog: Watchdog) -> Tally:
+    """Takes notes of these parts."""
+
+    def read_state() -> State:
+        running, watched, limited = runner.statistics(), hub.statistics(), limits.statistics()
+        return State(
+            memory_bytes=read_memory(),
+            cpu_s=time.process_time(),
+            running=running.running,
+            slots=running.slots,
+            queued=running.queued,
+            streams=sum(watched.subscribers.values()),
+            behind=hub.count_behind(),
+            pushed=sum(watched.pushed.values()),
+            refused=limited.refused,
+            blocks=watchdog.blocks,
+        )
+
+    return Tally(settings.diagnosis_window_s, settings.memory_window_s, read_state)
+
+
+def note_scan(tally: Tally, scan: Scan | None) -> None:
+    """How long a scan waited and took. The work of an external one is done elsewhere."""
+    if scan is not None and scan.producer is None and scan.started_ts is not None and scan.finished_ts is not None:
+        tally.note_scan((scan.started_ts - scan.created_ts) / 1000, (scan.finished_ts - scan.started_ts) / 1000)
 
 
 async def _find_prices(settings: Settings, runner: Runner) -> Path:

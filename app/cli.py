@@ -13,6 +13,7 @@ import typer
 
 from app.commands.datasets import data_app
 from app.commands.journal import journal_app
+from app.commands.operating import operating_app
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(operating_app)
 app.add_typer(journal_app, name="journal")
 
 Url = Annotated[str, typer.Option("--url", envvar="SCANWIRE_URL", help="Address of the server. " + ENVIRONMENT)]

@@ -91,14 +91,15 @@ async def serve(
     send_buffer: int | None = None,
     tls: Tls | None = None,
     clock: Callable[[], float] = time.monotonic,
+    wrap: Callable[[Any], Any] = lambda app: app,
     **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way. Limits and sessions go by `clock`.
 
-    With `send_buffer` the kernel holds no more than about so many bytes for each peer, so that one which stops reading
-    is noticed soon.
+    `wrap` puts something around the application. With `send_buffer` the kernel holds no more than about so many bytes
+    for each peer, so that one which stops reading is noticed soon.
     """
-    app = create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)), clock=clock)
+    app = wrap(create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings)), clock=clock))
     state = find_state(app)
     # With its protocol named, asyncio sends small answers at once.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:

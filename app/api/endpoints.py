@@ -140,6 +140,10 @@ def _answer_snapshot(text: str, *headers: str) -> Answer:
     return Answer(text=text, content={JSON: models.Snapshot}, headers=headers)
 
 
+def _up_to(most: int) -> Schema:
+    return {"type": "integer", "minimum": 1, "maximum": most}
+
+
 def list_endpoints(settings: Settings) -> list[Endpoint]:
     """One for each route and method of the application, but the WebSocket and the static files."""
     return [
@@ -243,7 +247,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
                 Parameter(
                     name="Producer-Seq",
                     place="header",
-                    schema={"type": "integer", "minimum": 1, "maximum": external.MAX_NUMBER},
+                    schema=_up_to(external.MAX_NUMBER),
                     text="Counts the requests that have it. With the same number a request can be sent again safely: "
                     "it is acknowledged, and not appended twice.",
                 ),
@@ -336,12 +340,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             parameters=[
                 Parameter(name="symbol", place="path", schema={"type": "string"}, text="AAPL.", required=True),
                 Parameter(name="around", place="query", schema=_DAY, text="The day in the middle; `days` rows come."),
-                Parameter(
-                    name="days",
-                    place="query",
-                    schema={"type": "integer", "minimum": 1, "maximum": settings.max_price_rows},
-                    text=f"Rows around the day; {prices.DAYS_DEFAULT} when not given.",
-                ),
+                Parameter(name="days", place="query", schema=_up_to(settings.max_price_rows), text="Rows around it."),
                 Parameter(name="start", place="query", schema=_DAY, text="The first day."),
                 Parameter(name="end", place="query", schema=_DAY, text="The last day; `next` says what did not fit."),
                 IF_NONE_MATCH,

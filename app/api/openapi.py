@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
-from app.api import external, legacy_endpoints, models, operations
+from app.api import diagnosis, external, legacy_endpoints, models, operations
+from app.api.diagnosis_endpoints import ENDPOINTS as DIAGNOSIS_ENDPOINTS
 from app.api.endpoints import IF_NONE_MATCH, REF, Answer, Endpoint, Parameter, Schema, list_endpoints
 from app.api.formats import JSON
 from app.api.legacy_endpoints import list_legacy_endpoints
@@ -75,7 +76,7 @@ _REFUSAL_HEADERS = {
 
 def make_document(settings: Settings) -> Schema:
     """The whole document for a server with these settings."""
-    endpoints = [*list_endpoints(settings), *list_legacy_endpoints(), _OWN]
+    endpoints = [*list_endpoints(settings), *list_legacy_endpoints(), *DIAGNOSIS_ENDPOINTS, _OWN]
     refs, schemas = _make_schemas(list_scanners())
     paths: dict[str, Schema] = {}
     for endpoint in endpoints:
@@ -113,6 +114,7 @@ def _make_schemas(scanners: Sequence[Scanner]) -> tuple[Mapping[Any, Schema], di
     wanted: list[type[BaseModel]] = [
         *models.ANSWERS,
         *operations.ANSWERS,
+        *diagnosis.ANSWERS,
         *external.MODELS,
         *legacy_endpoints.MODELS,
         Submission,

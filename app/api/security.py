@@ -21,7 +21,7 @@ from app.core.settings import Settings, hash_key
 
 # A browser cannot set headers on a WebSocket, and query strings are logged: the key travels as a subprotocol.
 KEY_SUBPROTOCOL = "scanwire.key."
-OPERATIONS = "/v1/operations"
+OPERATIONS = ("/v1/operations", "/v1/diagnosis")
 
 # On every answer.
 DATA_HEADERS: tuple[tuple[bytes, bytes], ...] = (
@@ -91,8 +91,8 @@ class Security:
     - **Key**: with `api_keys` set, one is necessary everywhere but on /, /scans/{id}, /static, /healthz and /readyz
       (401), where keys are not looked at. If any key is set, a wrong one is refused rather than ignored. It travels as
       `Authorization: Bearer KEY`, `X-API-Key: KEY` or, for WebSockets, as one more subprotocol `scanwire.key.KEY`.
-    - **/v1/operations** needs an operator key (403). When no key at all is set, it is open to a loopback peer that
-      asks by a loopback name and does not come through a proxy.
+    - **/v1/operations** and /v1/diagnosis need an operator key (403). When no key at all is set, they are open to a
+      loopback peer that asks by a loopback name and does not come through a proxy.
 
     `own_token(method, path)` is True where the endpoint checks a bearer token of its own, such as a producer's: there
     no API key is asked for, and a bearer token that is no API key is passed on.

@@ -13,6 +13,7 @@ from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.market.store import Store
+from app.observe.lookout import Lookout
 from app.observe.metrics import Metrics
 from app.push.hub import Hub
 
@@ -30,6 +31,7 @@ class Service:
     admission: Admission
     reaper: Reaper
     metrics: Metrics
+    lookout: Lookout
 
 
 def get_service(connection: HTTPConnection) -> Service:

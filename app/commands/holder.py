@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from app.commands.environment import CommandFailed
 from app.log.lock import ADVICE, StateLock, describe
 
 PROC = Path("/proc")
 LOCK_NAME = "journal.lock"
+WORKER = b"anyio.to_process"  # what a worker process of ours runs
 TRY_EVERY_S = 0.01  # whether port and lock are free yet
 _LISTENS = "0A"  # the state of a socket in /proc/net/tcp
 _MAX_COMMAND = 160
@@ -169,3 +171,44 @@ def _ask_to_end(lock: StateLock, port: int | None) -> None:
         raise CommandFailed(f"{refusal}: {error.strerror}.") from None
     finally:
         os.close(process)
+
+
+# What is left
+
+
+class Process(NamedTuple):
+    """Another process of this user, as far as it matters here."""
+
+    pid: int
+    command: str
+    urls: list[str]  # where it listens
+
+
+def list_users(state_dir: Path) -> list[Process]:
+    """The processes that have a journal in this directory open, this one aside."""
+    journals = {str((state_dir / name).resolve()) for name in (LOCK_NAME, "journal.db")}
+    return [
+        _describe_process(pid)
+        for pid in _list_pids()
+        if pid != os.getpid() and any(link in journals for _, link in _list_files(pid))
+    ]
+
+
+def list_orphans() -> list[Process]:
+    """Worker processes whose server has died, and that work on all the same. One that is idle ends by itself."""
+    found = []
+    for pid in _list_pids():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            parent = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+            is_worker = WORKER in (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+            # A server reaps none of its own; who is a child of the system's first process has lost its parent.
+            if is_worker and parent == 1 and (PROC / str(pid)).stat().st_uid == os.getuid():
+                found.append(_describe_process(pid))
+    return found
+
+
+def _describe_process(pid: int) -> Process:
+    words: list[str] = []
+    with contextlib.suppress(OSError):
+        words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    return Process(pid, shlex.join(words)[:_MAX_COMMAND], sorted(_find_urls(pid)))

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -148,6 +148,39 @@ class Settings(BaseSettings):
     operator_keys: Commas = Field((), description="name:sha256-hex; these open /v1/operations as well")
 
     log_format: Literal["console", "json"] = "console"
+
+    # Diagnosis: what is measured over the window is held against its target; 1.5 times as much is an incident.
+    diagnose_every_s: float = Field(5, gt=0)
+    diagnosis_window_s: float = Field(300, gt=0)
+    memory_window_s: float = Field(3600, gt=0, description="growth of memory is measured over this time")
+    target_scan_s: float = Field(30, gt=0, description="p95 of the duration of scans")
+    target_answer_s: float = Field(2, gt=0, description="p95 of the time to the head of an answer")
+    target_push_lag_s: float = Field(0.25, gt=0, description="p99 of the way of an event to those who wait for it")
+    target_queue_wait_s: float = Field(30, gt=0, description="p95 of the wait for a slot")
+    target_loop_lag_s: float = Field(0.1, gt=0, description="p99 of how late the event loop is")
+    target_memory_growth_mb_per_h: float = Field(200, gt=0)
+    target_poll_share: float = Field(0.5, gt=0, le=1, description="polls among polls and pushed events")
+    target_refusal_share: float = Field(0.1, gt=0, le=1, description="refusals by a limit among all answers")
+    target_chunk_s: float = Field(10, gt=0, description="p95 of the time of one chunk")
+    early_polls_max: int = Field(60, ge=1, description="polls ahead of their time by one client in the window")
+    storm_connects_min: int = Field(200, ge=1, description="fewer opened streams in the window are no storm")
+    incident_resolve_s: float = Field(60, gt=0, description="an incident that is not seen for so long is over")
+    max_operations_events: int = Field(1000, ge=1, description="events of /v1/operations/events that are kept")
+
+    # A webhook: incidents and emergencies are posted to this address too, signed with the secret.
+    webhook_url: str | None = Field(None, pattern="^https?://", description="where to; nowhere when not set")
+    webhook_secret: SecretStr | None = Field(None, description="signs each post: `Scanwire-Signature`, HMAC-SHA-256")
+    webhook_wait_s: float = Field(10, gt=0, description="one try of one post")
+    webhook_tries: int = Field(5, ge=1, description="of one post, each twice as long after the last")
+    webhook_backoff_s: float = Field(1, gt=0, description="until the second try")
+    max_webhook_waiting: int = Field(100, ge=1, description="posts that wait; the oldest are given up first")
+
+    # Emergency: while it lasts, these hold in place of the usual limits.
+    emergency_calm_s: float = Field(120, gt=0, description="it is lifted after so long without anything urgent")
+    emergency_submit_per_min: float = Field(1, gt=0)
+    emergency_read_per_s: float = Field(1, gt=0)
+    emergency_read_burst: int = Field(5, ge=1)
+    emergency_hint_factor: float = Field(3, ge=1, description="poll hints are so many times as long")
 
     @model_validator(mode="before")
     @classmethod

@@ -112,6 +112,7 @@ class Admission:
         self._remembered: OrderedDict[tuple[str, str], _Remembered] = OrderedDict()
         self._endings: set[asyncio.Task[None]] = set()  # of scans that a restart found, not committed yet
         self.is_draining = False
+        self.is_emergency = False
         self.back_s = settings.drain_s  # while it drains: when scans are likely to be taken again
 
     async def submit(
@@ -225,6 +226,13 @@ class Admission:
             raise Draining("This server is stopping. Submit again in a moment.", retry_after_s=self.back_s)
         if self._log.fault is not None:
             raise JournalUnavailable(f"{self._log.fault} No scan is accepted meanwhile.", retry_after_s=10)
+        if self.is_emergency and cost_rows is not None and cost_rows > settings.heavy_rows:
+            raise AtCapacity(
+                f"The server is in an emergency and takes no heavy scan: this one reads {cost_rows:,} rows, and "
+                f"{settings.heavy_rows:,} may be read. Ask for fewer symbols, or submit it again later.",
+                retry_after_s=settings.emergency_calm_s,
+                limit="emergency",
+            )
         if cost_rows is None and producers.active >= settings.max_external:
             raise AtCapacity(
                 f"{producers.active} external scans are active, which is all this server takes. "

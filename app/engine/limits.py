@@ -208,6 +208,7 @@ class Limits:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._settings = settings
         self._policies = _policies(settings)
         self._max_buckets = settings.max_buckets
         self._max_streams = settings.max_streams
@@ -224,6 +225,17 @@ class Limits:
         self._declared = {name: policy.declared for name, policy in self._policies.items()}
         self._declared_raw = {name: (b"ratelimit-policy", text.encode()) for name, text in self._declared.items()}
         self._untouched = {name: f'"{name}";r={int(p.burst)};t=0' for name, p in self._policies.items()}
+
+    def tighten(self, settings: Settings | None = None) -> None:
+        """From now on the limits of these settings hold, of these names: submit and read. None: the usual ones."""
+        changed = _policies(settings or self._settings)
+        for name in ("submit", "read"):
+            policy = self._policies[name] = changed[name]
+            self._declared[name] = policy.declared
+            self._declared_raw[name] = (b"ratelimit-policy", policy.declared.encode())
+            self._untouched[name] = f'"{name}";r={int(policy.burst)};t=0'
+        for key in [key for key in self._buckets if key[0] in ("submit", "read")]:
+            del self._buckets[key]
 
     def charge(self, policy: PolicyName, client: str, cost: float = 1) -> None:
         """Takes `cost` units from the client's bucket, or takes nothing and raises RateLimited.

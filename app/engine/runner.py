@@ -62,6 +62,7 @@ class Runner:
         self._chores: set[asyncio.Task[None]] = set()
         self._runs: set[asyncio.Task[None]] = set()  # those that have a slot, and those that write their end
         self.rows_per_s: float | None = None  # price rows read, over the latest scans
+        self.note_chunk: Callable[[str, float], None] = lambda scanner, seconds: None
         self.finished: Callable[[str], None] = lambda scan_id: None
 
     async def __aenter__(self) -> Self:
@@ -357,7 +358,9 @@ class Runner:
             await asyncio.gather(*(task for _, task in ahead), return_exceptions=True)
 
     async def _find_in(self, run: Run, index: int) -> ChunkResult:
-        return await self.pool.run_chunk(replace(run.job, slices=run.chunks[index].slices), run.scan_id, index)
+        result = await self.pool.run_chunk(replace(run.job, slices=run.chunks[index].slices), run.scan_id, index)
+        self.note_chunk(run.job.scanner, result.took_s)
+        return result
 
     async def _keep(self, run: Run, index: int, result: ChunkResult) -> None:
         parts = []

@@ -6,6 +6,9 @@ from typing import NamedTuple, Self
 
 from app.core.estimate import Range, hint_poll
 
+EARLY = 0.8  # of the hint; who comes before that has not heeded it
+HINT_MAX_S = 60.0  # in an emergency
+
 
 class Session:
     """A client's presence on one scan."""
@@ -62,6 +65,10 @@ class Sessions:
         self._streams = 0
         # Active scans: since when nobody watches, None while somebody does.
         self._left: dict[str, float | None] = {}
+        self.hint_factor = 1.0  # above 1 in an emergency
+        # Who wants to know of polls (ahead of the time that was told, or not) and of streams that are opened.
+        self.note_poll: Callable[[str, bool], None] = lambda client, is_early: None
+        self.note_stream: Callable[[str], None] = lambda client: None
 
     def expect(self, scan_id: str) -> None:
         """The scan is active: how long nobody watched it counts from now on, until `forget`."""
@@ -78,6 +85,8 @@ class Sessions:
         for scan_id in presence.scan_ids:
             self._open(client, scan_id).streams += 1
         self._streams += len(presence.scan_ids)
+        if not is_poll:
+            self.note_stream(client)
         return presence
 
     def leave(self, presence: "Presence") -> None:
@@ -97,12 +106,13 @@ class Sessions:
         jitter = zlib.crc32(f"{client} {scan_id}".encode()) / 2**32
         if self._count >= self._max_sessions and client not in self._scans.get(scan_id, {}):
             return hint_poll(eta_s, None, jitter, end_s)
-        session = self._open(client, scan_id)
-        session.seen = self._clock()
-        last_s = session.hint_s if session.version == version else None
-        hint_s = hint_poll(eta_s, last_s, jitter, end_s)
+        session, now = self._open(client, scan_id), self._clock()
+        told_s = 0.0 if session.hint_s is None else session.hint_s * EARLY
+        self.note_poll(client, now - session.seen < told_s)
+        session.seen = now
+        hint_s = hint_poll(eta_s, session.hint_s if session.version == version else None, jitter, end_s)
         session.hint_s, session.version = hint_s, version
-        return hint_s
+        return hint_s if self.hint_factor == 1 else min(hint_s * self.hint_factor, HINT_MAX_S)
 
     def is_present(self, client: str, scan_id: str) -> bool:
         """Whether the client has a session on the scan."""

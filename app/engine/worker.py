@@ -6,6 +6,7 @@ Here the two sides meet that do not know each other: `app.market`, which reads p
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -63,6 +64,7 @@ class ChunkResult:
     found: int  # matches, those over `max_rows` too
     parts: list[Rows]  # one for each event
     skipped: list[Skipped]
+    took_s: float = 0.0
 
 
 class ChunkPrices:
@@ -137,6 +139,7 @@ def run_chunk(job: ChunkJob) -> ChunkResult:
     scanner's own code fails; none of them shows a path or a traceback.
     """
     _be_nice()
+    began = time.perf_counter()
     scanner = get_scanner(job.scanner)
     params = validate_params(scanner, job.params)
     frame, skipped = read_rows(job.path, job.slices, job.stamp)
@@ -151,7 +154,7 @@ def run_chunk(job: ChunkJob) -> ChunkResult:
         ) from None
     kept = rows[: job.max_rows]
     parts = [pack_rows(kept[start : start + ROWS_PER_EVENT]) for start in range(0, len(kept), ROWS_PER_EVENT)]
-    return ChunkResult(found=len(rows), parts=parts, skipped=skipped)
+    return ChunkResult(found=len(rows), parts=parts, skipped=skipped, took_s=time.perf_counter() - began)
 
 
 def find_rows(scanner: Scanner, params: MarketParams, frame: pl.DataFrame) -> list[dict[str, Any]]:

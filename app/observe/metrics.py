@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -17,6 +17,9 @@ from app.engine.reaper import KINDS, Reaper
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
+from app.observe.diagnosis import Severity
+from app.observe.incidents import Change
+from app.observe.lookout import Lookout
 from app.observe.watchdog import Watchdog
 from app.push.hub import Hub
 
@@ -43,6 +46,9 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+        # Who else wants to know, in seconds.
+        self.tell_push_lag: Callable[[float], None] = lambda lag_s: None
+        self.tell_loop_lag: Callable[[float], None] = lambda lag_s: None
         self._push_lags: deque[float] = deque(maxlen=_KEPT)
         self._loop_lags: deque[float] = deque(maxlen=_KEPT)
         self._legacy_calls = Counter(dict.fromkeys(legacy_routes, 0))
@@ -51,6 +57,7 @@ class Metrics:
 
     def note_push_lag(self, lag_s: float) -> None:
         """From the making of a durable event to its being handed to the last transport that waited for it."""
+        self.tell_push_lag(max(0.0, lag_s))
         self._push_lag.observe(max(0.0, lag_s))
         self._push_lags.append(max(0.0, lag_s))
 
@@ -73,6 +80,7 @@ class Metrics:
             due = watchdog.due = time.monotonic() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
             lag_s = max(0.0, time.monotonic() - due)
+            self.tell_loop_lag(lag_s)
             self._loop_lag.observe(lag_s)
             self._loop_lags.append(lag_s)
 
@@ -83,6 +91,10 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def watch_incidents(self, lookout: Lookout) -> None:
+        """From now on incidents and emergencies are among the metrics."""
+        self.registry.register(_Incidents(lookout))
 
     def watch(
         self,
@@ -136,6 +148,18 @@ class _Parts(Collector):
         yield _by("counter", "refusals", "Requests refused, by bucket", "bucket", limited.refused, REFUSING)
         yield _by("counter", "legacy_calls", "Requests under /api, by route", "route", legacy_calls, ())
         yield _by("counter", "reaped", "What the reaper took back, by kind", "kind", reaper.reaped, KINDS)
+
+
+class _Incidents(Collector):
+    def __init__(self, lookout: Lookout) -> None:
+        self._lookout = lookout
+
+    def collect(self) -> Iterator[Metric]:
+        open_ = self._lookout.count_open()
+        severities = [severity for severity in Severity if severity is not Severity.HEALTHY]
+        yield _by("gauge", "incidents_open", "Incidents that are open, by severity", "severity", open_, severities)
+        yield _by("counter", "incidents", "Changes of incidents", "change", self._lookout.changes, Change)
+        yield _gauge("emergency", "1 while the limits are those of an emergency", int(self._lookout.is_emergency))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

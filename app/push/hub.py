@@ -206,6 +206,10 @@ class Hub:
                 for subscriber in list(spoke):
                     subscriber.beat()
 
+    def count_behind(self) -> int:
+        """Subscribers whose transports hold more than they should."""
+        return sum(isinstance(one, Pusher) and not one.wire.is_ready for one in self._subscribers)
+
     def statistics(self) -> HubStatistics:
         subscribers, pushed = Counter[str](), self._pushed.copy()
         for subscriber in self._subscribers:

@@ -1,0 +1,191 @@
+"""`scanwire check`: a healthy server passes, and one that is broken in one way fails where it is broken."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import pytest_asyncio
+
+from app.commands.check import Result, Wanted, check_server
+from app.core.settings import hash_key
+from app.follow import ClientError
+from tests import faults
+from tests.faults import Switch, list_failed
+from tests.serving import Serving, serve
+from tests.test_cli import find_port, run
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("trial_scanners")]
+
+FASTER = 20  # the clock of the limits and the waits of the check run so many times as fast
+# As the defaults are, but for reads: those are counted in real time, and come back in it.
+LIMITS: dict[str, Any] = {
+    "submit_per_min": 2,
+    "read_burst": 20,
+    "read_per_s": 0.25,
+    "connect_burst": 10,
+    "connect_per_s": 2,
+}
+
+
+async def sleep(seconds: float) -> None:
+    await asyncio.sleep(seconds / FASTER)
+
+
+def run_clock() -> float:
+    return time.monotonic() * FASTER
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A server that can be broken."""
+
+    serving: Serving
+    switch: Switch
+
+    async def check(self, **wanted: Any) -> list[Result]:
+        limits = self.serving.service.limits
+        limits._buckets.clear()
+        asked = {"scanner": None, "max_scan_s": 30, "max_answer_s": 2, "as_json": False, "junit": None}
+
+        coming = check_server(
+            Wanted(**{"url": self.serving.url, "api_key": None, **asked, **wanted}), lambda text: None, sleep, run_clock
+        )
+        async with asyncio.timeout(60):
+            return [result async for result in coming]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def broken(
+    tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, trial_scanners: None
+) -> AsyncIterator[Broken]:
+    switches: list[Switch] = []
+
+    def wrap(app: Any) -> Switch:
+        switches.append(Switch(app))
+        return switches[0]
+
+    async with serve(
+        tmp_path_factory.mktemp("state"), sample_prices, wrap=wrap, chunk_rows=1, max_active_per_client=8, **LIMITS
+    ) as serving:
+        serving.service.limits._clock = run_clock
+        yield Broken(serving, switches[0])
+
+
+@pytest.fixture(autouse=True)
+def _mend(broken: Broken) -> Any:
+    yield
+    broken.switch.fault = None
+
+
+async def test_a_healthy_server_passes_every_check_and_nothing_is_left_behind(broken: Broken) -> None:
+    results = await broken.check()
+    assert {result.check: result.evidence for result in results if result.outcome != "pass"} == {}
+    assert len(results) == 21
+    evidence = {result.check: result.evidence for result in results}
+    assert "was refused with 429; after exactly the " in evidence["submit limit"]
+    assert "of 3 sent at once 2 were accepted, 1 refused" in evidence["concurrency"]
+    service = broken.serving.service
+    assert [scan.id for scan in service.log.list_scans() if not scan.state.is_terminal] == []
+    assert service.limits.statistics().streams == 0
+    assert service.sessions.statistics().streams == 0
+
+
+RESUMES = {f"resume by {name}" for name in ("SSE", "NDJSON", "WebSocket", "polls")}
+CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
+    "no Retry-After": (faults.drop_retry_after, {}, {"read limit", "submit limit"}),
+    "waits that are too short": (faults.promise_too_short_waits, {}, {"submit limit"}),
+    "no limits": (faults.ignore_limits, {}, {"read limit", "submit limit"}),
+    "hints that do not grow": (faults.give_the_same_hint_always, {}, {"poll hints"}),
+    "bad input taken": (faults.take_anything, {}, {"input validation"}),
+    "refusals without a reason": (faults.refuse_without_a_word, {}, {"input validation"}),
+    "nothing cancelled": (faults.cancel_nothing, {}, {"cancel"}),
+    "every third answer a 500": (faults.FailNowAndThen().serve, {}, {"answer time", "read limit"}),
+    "slow answers": (faults.answer_slowly, {"max_answer_s": 0.2}, {"answer time"}),
+    "SSE held back": (faults.buffer_sse, {}, {"push by SSE", "resume by SSE", "cancel"}),
+    "an event lost by SSE": (faults.lose_an_event_behind_the_cursor("sse"), {}, {"resume by SSE"}),
+    "an event lost by NDJSON": (faults.lose_an_event_behind_the_cursor("ndjson"), {}, {"resume by NDJSON"}),
+    "an event lost by WebSocket": (faults.lose_an_event_behind_the_cursor("websocket"), {}, {"resume by WebSocket"}),
+    "an event lost by polls": (faults.lose_an_event_behind_the_cursor("page"), {}, {"resume by polls"}),
+    "streams that leak": (faults.never_see_who_leaves, {}, {"sessions"}),
+    "no single-flight": (faults.run_everything_anew, {}, {"single-flight"}),
+    "more running than may": (
+        faults.answer_with(200, "/v1/performance", max_running=1),
+        {"scanner": "trial-slow"},
+        {"concurrency"},
+    ),
+    "a scan that takes too long": (None, {"scanner": "trial-slow", "max_scan_s": 0.05}, {"scan time"}),
+    "a scan that fails": (None, {"scanner": "trial-raising"}, {"scan time"}),
+    "not ready": (faults.answer_with(503, "/readyz"), {}, {"readiness"}),
+    "not healthy": (faults.answer_with(500, "/healthz"), {}, {"health"}),
+    "no metrics": (faults.answer_with(404, "/metrics"), {}, {"metrics", "sessions"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_what_is_broken_is_found_and_nothing_else(broken: Broken, case: str) -> None:
+    broken.switch.fault, wanted, expected = CASES[case]
+    results = await broken.check(**wanted)
+    assert list_failed(results).keys() == expected, list_failed(results)
+    assert all(list_failed(results).values())
+    broken.switch.fault = None
+    active = [scan.id for scan in broken.serving.service.log.list_scans() if not scan.state.is_terminal]
+    assert active == []
+
+
+async def test_a_check_that_is_broken_off_leaves_nothing_behind(broken: Broken) -> None:
+    broken.serving.service.limits._buckets.clear()
+    wanted = Wanted(broken.serving.url, None, None, 30, 2, False, None)
+    coming = check_server(wanted, lambda text: None, sleep, run_clock)
+    async for result in coming:
+        if result.check == "poll hints":
+            break
+    service = broken.serving.service
+    assert {scan.scanner for scan in service.log.list_scans() if not scan.state.is_terminal} == {"external"}
+    await coming.aclose()
+    assert [scan.scanner for scan in service.log.list_scans() if not scan.state.is_terminal] == []
+
+
+async def test_what_is_no_scanwire_cannot_be_checked(broken: Broken) -> None:
+    with pytest.raises(ClientError, match="can be reached"):
+        await broken.check(url=f"http://127.0.0.1:{find_port()}")
+    with pytest.raises(ClientError, match="not an address"):
+        await broken.check(url="http://localhost:nowhere")
+    with pytest.raises(ClientError, match="There is no scanner"):
+        await broken.check(scanner="nope")
+    broken.switch.fault = faults.answer_with(200, "/v1/scanners", scanners=None)
+    with pytest.raises(ClientError, match="not a Scanwire server"):
+        await broken.check()
+
+
+async def test_on_the_command_line_a_key_opens_the_server_and_the_exit_code_tells(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    async with serve(tmp_path / "state", sample_prices, api_keys=(f"ci:{hash_key('sesame')}",)) as serving:
+        junit = tmp_path / "junit.xml"
+        words = ("check", "--url", serving.url)
+        none, wrong = await asyncio.gather(run(*words), run(*words, "--api-key", "wrong"))
+        assert (none.code, wrong.code, none.out + wrong.out) == (2, 2, "")
+        assert "API key" in none.err
+        assert "API key" in wrong.err
+
+        table = await run(*words, "--api-key", "sesame", "--junit", str(junit))
+        assert table.code == 0, table.out
+        rows = table.out.splitlines()
+        assert all(row.startswith(("pass  ", "n/a   ")) for row in rows[:-1])
+        assert rows[-1].startswith("19 pass, 2 n/a in ")
+        suites = ElementTree.parse(junit).getroot()
+        assert len(suites.findall("testsuite/testcase")) == len(rows) - 1
+        assert [case.get("name") for case in suites.findall(".//testcase[skipped]")] == ["read limit", "submit limit"]
+
+        lines = await run(*words, "--json", "--max-answer-s", "0.0001", SCANWIRE_API_KEY="sesame")
+        assert lines.code == 1, lines.out
+        results = [json.loads(line) for line in lines.out.splitlines()]
+        (failed,) = [result for result in results if result["outcome"] == "fail"]
+        assert failed["check"] == "answer time"
+        assert failed["evidence"].endswith("; 0.0001 s are the target")
