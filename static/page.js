@@ -91,6 +91,7 @@ async function fillForm() {
   findSelect("scanner").value = scanner;
   chooseScanner();
   form.fill(params);
+  if (location.hash === "#scans") find("scans").scrollIntoView(); // the form has grown above it
 }
 
 function findScanner() {

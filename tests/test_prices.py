@@ -129,7 +129,7 @@ async def test_a_file_that_was_replaced_is_not_read(tmp_path: Path, sample_price
         os.truncate(path, 100)
         answer = await serving.http.get("/v1/prices/AAPL")
     assert answer.status_code == 500
-    assert answer.json()["type"] == "urn:scanwire:problem:prices-changed"
+    assert answer.json()["type"] == "urn:scanwire:problem:prices"
     assert "restarted" in answer.json()["detail"]
 
 

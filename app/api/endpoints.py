@@ -21,7 +21,6 @@ from app.core.errors import (
     InvalidRequest,
     JournalUnavailable,
     NotAcceptable,
-    PricesChanged,
     PricesError,
     RateLimited,
     ScanwireError,
@@ -337,8 +336,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
             method="get",
             path="/v1/prices/{symbol}",
             handler=prices.get_prices,
-            summary="Prices of one symbol",
-            text="Those around a day, or from `start` to `end`, as columns. Rows that cannot be believed are left out.",
+            summary="Believable prices of one symbol, around a day or from one to another",
             parameters=[
                 Parameter(name="symbol", place="path", schema={"type": "string"}, text="AAPL.", required=True),
                 Parameter(name="around", place="query", schema=_DAY, text="The day in the middle; `days` rows come."),
@@ -351,7 +349,7 @@ def list_endpoints(settings: Settings) -> list[Endpoint]:
                 200: Answer(text="Oldest first.", content={JSON: models.Prices}, headers=("ETag", *LIMITED)),
                 304: Answer(text="Nothing has changed.", headers=("ETag", *LIMITED)),
             },
-            refusals=(UnknownSymbol, InvalidParams, RateLimited, AtCapacity, PricesChanged, PricesError),
+            refusals=(UnknownSymbol, InvalidParams, RateLimited, AtCapacity, PricesError),
         ),
         Endpoint(
             method="get",

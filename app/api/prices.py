@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from app.api.formats import JSON
 from app.api.service import Service, get_client, get_service
-from app.core.errors import AtCapacity, InvalidParams, PricesChanged, UnknownSymbol
+from app.core.errors import AtCapacity, InvalidParams, PricesChanged, PricesError, UnknownSymbol, WorkerCrashed
 from app.market.store import Days, SymbolPrices, SymbolRows, find_symbol, name_symbols, read_days
 
 DAYS_DEFAULT = 60
@@ -87,4 +87,6 @@ async def _read(service: Service, entry: SymbolRows, days: Days) -> SymbolPrices
             f"All workers were busy for {wait_s:g} s. Ask again in a moment.", retry_after_s=wait_s
         ) from None
     except PricesChanged:
-        raise PricesChanged("The price file was replaced while the server runs. Have the server restarted.") from None
+        raise PricesError("The price file was replaced while the server runs. Have the server restarted.") from None
+    except WorkerCrashed:
+        raise AtCapacity("The worker that read the prices died. Ask again.", retry_after_s=1) from None

@@ -102,7 +102,8 @@ export function chooseDecimals(rows, name) {
  * @param {Pick<Snapshot, "scanner" | "params">} scan
  * @param {Record<string, any>} [schema] of its parameters
  */
-export function describeParams({ params }, schema) {
+export function describeParams({ scanner, params }, schema) {
+  if (scanner === "external") return ""; // what it is about is its name
   const parts = [];
   for (const [name, value] of Object.entries(params)) {
     if (value === null || name === "title" || name === "unit" || name === "total") continue;

@@ -199,6 +199,7 @@ export class ScanView {
     findButton("pause").disabled = end !== null && !this.#rows.isPaused;
     find("wish").hidden = end !== null;
     findButton("cancel").disabled = state === "cancelling";
+    find("stats").dataset.state = state;
     this.#drawBar(share, state);
     setText(find("stat-done"), share === null ? standing.done : `${standing.done}, ${formatPercent(share)}`);
     setText(find("stat-matches"), formatWhole(standing.matches));
@@ -250,9 +251,11 @@ export class ScanView {
     /** @type {Map<string, string[]>} */
     const reasons = new Map();
     for (const { symbol, reason } of end.skipped) {
-      const [, count = "", why = reason] = /^(\d+) rows? (.*)$/.exec(reason) ?? [];
-      const what = count === "" ? why : `rows ${why}`;
-      reasons.set(what, [...(reasons.get(what) ?? []), count === "" ? symbol : `${symbol} (${count})`]);
+      for (const part of reason.split("; ")) {
+        const [, count = "", why = part] = /^(\d+) rows? (.*)$/.exec(part) ?? [];
+        const what = count === "" ? why : `rows ${why}`;
+        reasons.set(what, [...(reasons.get(what) ?? []), count === "" ? symbol : `${symbol} (${count})`]);
+      }
     }
     setText(find("skipped-title"), `Left out: ${formatCount(end.skipped_symbols, "symbol")}`);
     const terms = [...reasons].flatMap(([why, symbols]) => [make("dt", {}, why), make("dd", {}, symbols.join(", "))]);
@@ -279,7 +282,9 @@ export class ScanView {
   /** @param {number} place */
   #openRow(place) {
     const row = this.#rows.all[place];
-    if (row !== undefined) void this.#chart.open(row);
+    if (row === undefined) return;
+    void this.#chart.open(row);
+    this.#table.reveal(); // the chart may have come up over it
   }
 
   async #cancel() {

@@ -261,6 +261,11 @@ export class Table {
 
   // The keyboard.
 
+  /** Scrolls to where the keyboard is. */
+  reveal() {
+    this.#body.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
   #showActive() {
     let found = null;
     for (const { element, place } of this.#lines) {

@@ -116,15 +116,15 @@ class Relay:
         self._writers.discard(writer)
 
 
-def fetch_axe() -> str:
-    """The source of axe-core, which looks at a page as those who cannot see it must."""
-    require(bool(shutil.which("npm")), "npm, for axe-core")
-    script = CACHE / "node_modules" / "axe-core" / "axe.min.js"
-    if not script.exists():
+def fetch(package: str, file: str) -> Path:
+    """A file of an npm package, which is fetched when it is not there yet."""
+    require(bool(shutil.which("npm") and shutil.which("node")), f"npm and node, for {package}")
+    path = CACHE / "node_modules" / file
+    if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        words = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(CACHE), "axe-core"]
+        words = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(CACHE), package]
         subprocess.run(words, check=True, timeout=300)
-    return script.read_text()
+    return path
 
 
 class Producer:

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, Request, expect
+from playwright.async_api import Browser, Page, expect
 
 from tests.browser.pages import (
     WAIT_MS,
     Producer,
     Relay,
-    fetch_axe,
+    fetch,
     launch,
     profile,
     read_table,
@@ -31,7 +31,6 @@ from tests.test_cli import find_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-MAX_SCRIPT_BYTES = 100_000
 TABS = 12
 # Long tasks and layout shifts from now on.
 OBSERVE = """() => {
@@ -167,23 +166,6 @@ async def test_a_network_that_goes_and_comes_back_costs_no_row(browser: Browser,
     await relay.cut()
 
 
-async def test_a_tab_that_is_frozen_and_thawed_has_missed_nothing(browser: Browser, serving: Serving) -> None:
-    producer = await Producer.start(serving.url)
-    await producer.post_rows(20)
-    async with profile(browser) as context:
-        page = await context.new_page()
-        await page.goto(f"{serving.url}/scans/{producer.id}")
-        await wait_for_rows(page, 20)
-        await page.evaluate("document.addEventListener('freeze', () => (globalThis.wasFrozen = true))")
-        devtools = await context.new_cdp_session(page)
-        await devtools.send("Page.setWebLifecycleState", {"state": "frozen"})
-        await producer.post_rows(30)
-        await devtools.send("Page.setWebLifecycleState", {"state": "active"})
-        await producer.post_rows(30)
-        await check_table(page, producer)
-        assert await page.evaluate("wasFrozen")
-
-
 async def test_a_thousand_rows_a_second_hold_up_nothing_and_shift_nothing(browser: Browser, serving: Serving) -> None:
     producer = await Producer.start(serving.url)
     await producer.post_rows(100, value=0.5, date="2010-01-15")
@@ -228,7 +210,7 @@ async def test_a_hundred_thousand_rows_are_a_few_elements(browser: Browser, serv
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 360)])
 async def test_axe_finds_nothing_wrong(browser: Browser, serving: Serving, scheme: Any, width: int) -> None:
-    axe = fetch_axe()
+    axe = fetch("axe-core", "axe-core/axe.min.js").read_text()
     async with profile(browser, color_scheme=scheme, viewport={"width": width, "height": 800}) as context:
         page = await context.new_page()
 
@@ -256,20 +238,3 @@ async def test_axe_finds_nothing_wrong(browser: Browser, serving: Serving, schem
         await page.locator("#grid .grid-body [role=row]:visible").nth(1).click()
         await expect(page.locator("#chart [role=slider]")).to_be_visible()
         await look()
-
-
-async def test_the_script_of_the_page_is_small(browser: Browser, serving: Serving) -> None:
-    async with profile(browser) as context:
-        page = await context.new_page()
-        sizes: list[asyncio.Task[dict[str, int]]] = []
-
-        def note(request: Request) -> None:
-            if request.url.endswith(".js"):
-                sizes.append(asyncio.ensure_future(request.sizes()))  # type: ignore[arg-type]
-
-        page.on("requestfinished", note)
-        await page.goto(f"{serving.url}/")
-        await expect(page.locator("#field-where")).to_be_visible()
-        sent = [(await size)["responseBodySize"] for size in sizes]
-        assert len(sent) > 15
-        assert sum(sent) < MAX_SCRIPT_BYTES
