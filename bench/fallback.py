@@ -32,7 +32,7 @@ LONG_POLL_S = 25
 
 
 class Asker:
-    """One client on one connection, from an address of its own; reconnects when the server has closed it."""
+    """One client on one connection, from an address of its own; it reconnects when the server has closed it."""
 
     def __init__(self, port: int, number: int) -> None:
         self.port = port
@@ -44,7 +44,7 @@ class Asker:
 
     async def send(self, path: str, *fields: str) -> None:
         if self.writer is None or self.reader.at_eof():
-            self.close()
+            self.disconnect()
             self.reader, self.writer = await asyncio.open_connection(
                 "127.0.0.1", self.port, local_addr=(self.address, 0), limit=2**20
             )
@@ -59,8 +59,7 @@ class Asker:
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
         except (asyncio.IncompleteReadError, ConnectionError):  # the server had closed it just then: idle for too long
-            self.close()
-            self.writer = None
+            self.disconnect()
             return await self.ask(path, *fields)
         if not head.startswith(b"HTTP/1.1 200"):
             raise SystemExit(f"a client was refused: {head.decode()}")
@@ -72,9 +71,10 @@ class Asker:
     def note_end(self) -> None:
         self.knew_at = time.monotonic()
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            self.writer = None
 
 
 Wait = Callable[[Asker, str], Awaitable[None]]
@@ -83,6 +83,15 @@ Wait = Callable[[Asker, str], Awaitable[None]]
 async def wait_by_fixed_polls(asker: Asker, path: str) -> None:
     snapshot = await asker.ask(path)
     while snapshot["end"] is None:
+        await asyncio.sleep(FIXED_S)
+        snapshot = await asker.ask(path)
+
+
+async def wait_by_fixed_polls_of_a_script(asker: Asker, path: str) -> None:
+    """As `requests.get` in a loop: a connection for each poll."""
+    snapshot = await asker.ask(path)
+    while snapshot["end"] is None:
+        asker.disconnect()
         await asyncio.sleep(FIXED_S)
         snapshot = await asker.ask(path)
 
@@ -118,6 +127,7 @@ async def wait_on_stream(asker: Asker, path: str) -> None:
 
 WAYS: dict[str, tuple[str, Wait]] = {
     "fixed": (f"(a) polls every {FIXED_S:g} s", wait_by_fixed_polls),
+    "script": ("(a) the same, each on a new connection", wait_by_fixed_polls_of_a_script),
     "backoff": ("(b) the playbook's backoff", wait_by_backoff),
     "hints": ("(c) polls by `poll_after_s`", wait_by_hints),
     "long": ("(d) long polls", wait_by_long_polls),
@@ -161,7 +171,7 @@ async def watch(asker: Asker, wait: Wait, path: str, arrives_s: float) -> None:
     await asyncio.sleep(arrives_s)
     await wait(asker, path)
     asker.note_end()
-    asker.close()
+    asker.disconnect()
 
 
 async def run(server: Server, seconds: int, clients: int, wait: Wait) -> tuple[list[Asker], float, float]:
