@@ -98,7 +98,8 @@ async def serve(
     """
     app = wrap(create_app(Settings(state_dir=state_dir, prices=prices, **(GENEROUS | settings))))
     state = find_state(app)
-    with socket.socket() as listener:
+    # With its protocol named, asyncio sends small answers at once.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
