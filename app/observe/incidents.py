@@ -22,17 +22,13 @@ class Incident:
     severity: Severity  # the worst so far
     since: float  # when it was first seen
     seen: float  # when it was last seen
-    looks: int  # in a row; it is told from the second on
-    is_open: bool
+    is_open: bool  # from the second look in a row on: one bad look is none
     evidence: str
 
 
 class Told(NamedTuple):
     change: Change
     incident: Incident
-
-
-OPEN_LOOKS = 2  # in a row, before it is told: one bad look is none
 
 
 class Incidents:
@@ -53,17 +49,15 @@ class Incidents:
         for subject, (severity, evidence) in seen.items():
             known = self._known.get(subject)
             if known is None:
-                self._known[subject] = Incident(subject, severity, now, now, 1, False, evidence)
+                self._known[subject] = Incident(subject, severity, now, now, False, evidence)
                 continue
             is_worse = WORST_FIRST.index(severity) < WORST_FIRST.index(known.severity)
-            looks = known.looks + 1
-            is_open = known.is_open or looks >= OPEN_LOOKS
             worst = severity if is_worse or not known.is_open else known.severity
-            incident = replace(known, severity=worst, seen=now, looks=looks, is_open=is_open, evidence=evidence)
+            incident = replace(known, severity=worst, seen=now, is_open=True, evidence=evidence)
             self._known[subject] = incident
-            if is_open and not known.is_open:
+            if not known.is_open:
                 told.append(Told(Change.OPENED, incident))
-            elif known.is_open and is_worse:
+            elif is_worse:
                 told.append(Told(Change.ESCALATED, incident))
         for subject, incident in list(self._known.items()):
             if subject in seen:

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-import random
 import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +18,7 @@ CLIENTS_KEPT = 50  # of each kind, in one interval
 INTERVALS_KEPT = 4000
 OTHERS = "others"  # who are not counted one by one
 _CHUNK = "chunk of "
-_random = random.Random()  # its own: what others draw of the common one is theirs to repeat
+_random = Random().random  # of its own: nobody's seed is touched
 _STATM = Path("/proc/self/statm")
 
 
@@ -87,7 +87,7 @@ class Interval:
         self.seen[kind] += 1
         if len(values) < VALUES_KEPT:
             values.append(value)
-        elif (place := int(_random.random() * self.seen[kind])) < VALUES_KEPT:
+        elif (place := int(_random() * self.seen[kind])) < VALUES_KEPT:
             values[place] = value
 
     def count(self, kind: str, client: str) -> None:
