@@ -88,6 +88,7 @@ async def serve(
     port: int = 0,
     send_buffer: int | None = None,
     tls: Tls | None = None,
+    keep_alive_s: int = 5,
     **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way.
@@ -113,6 +114,7 @@ async def serve(
             ws_per_message_deflate=False,
             ws_ping_interval=None,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=keep_alive_s,
             **options,
         )
         server = uvicorn.Server(config)
