@@ -92,6 +92,7 @@ async def serve(
     tls: Tls | None = None,
     clock: Callable[[], float] = time.monotonic,
     wrap: Callable[[Any], Any] = lambda app: app,
+    keep_alive_s: int = 5,
     **settings: Any,
 ) -> AsyncIterator[Serving]:
     """Serves until the block is left, then stops in an orderly way. Limits and sessions go by `clock`.
@@ -118,6 +119,7 @@ async def serve(
             ws_per_message_deflate=False,
             ws_ping_interval=None,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=keep_alive_s,
             **options,
         )
         server = uvicorn.Server(config)

@@ -211,6 +211,7 @@ class HttpGuard(Guard, HttpToolsProtocol):
 
     def end_connection(self, exc: Exception | None) -> None:
         self._expect(None)
+        self._unset_keepalive_if_required()  # which uvicorn does for orderly ends alone
         super().end_connection(exc)
 
     def refuse(self, error: ScanwireError) -> None:
