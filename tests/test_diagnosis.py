@@ -14,7 +14,7 @@ from app.core.settings import Settings, hash_key
 from app.eventstream import SseDecoder
 from app.observe.diagnosis import Diagnosis, Reading, Severity, diagnose, judge
 from app.observe.incidents import Change, Emergency, Incidents
-from app.observe.tally import Numbers, State
+from app.observe.tally import Numbers, State, Tally
 from tests.conftest import Gate
 from tests.peers import meet
 from tests.serving import Serving, serve
@@ -125,7 +125,7 @@ async def test_a_client_that_polls_at_10_hz_is_found_and_told_apart_from_one_tha
 
 
 async def test_a_blocked_loop_is_found(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, block_report_ms=100, **QUICK) as serving:
+    async with serve(tmp_path, sample_prices, block_report_ms=100, target_loop_lag_s=0.1, **QUICK) as serving:
         for _ in range(3):
             time.sleep(0.5)  # noqa: ASYNC251 - the fault itself
             await asyncio.sleep(0.06)
@@ -303,6 +303,17 @@ def test_no_numbers_are_no_fault() -> None:
     found = diagnose(Numbers(window_s=300, states=[State()]), Settings())
     assert (found.severity, found.causes) == (Severity.HEALTHY, [])
     assert [reading.value for reading in found.readings] == [None] * 8
+
+
+def test_what_happened_before_the_first_look_counts_too() -> None:
+    refused = {"read": 0}
+    tally = Tally(300, 3600, lambda: State(refused=dict(refused)))
+    for _ in range(100):
+        tally.note_answer(0.01)
+    refused["read"] += 60
+    tally.sample()
+    (refusals,) = (one for one in diagnose(tally.read(5), Settings()).readings if one.measure == "refusal rate")
+    assert (refusals.value, refusals.severity) == (0.6, Severity.P1)
 
 
 def look(ratio: float) -> Diagnosis:

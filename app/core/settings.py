@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     target_answer_s: float = Field(2, gt=0, description="p95 of the time to the head of an answer")
     target_push_lag_s: float = Field(0.25, gt=0, description="p99 of the way of an event to those who wait for it")
     target_queue_wait_s: float = Field(30, gt=0, description="p95 of the wait for a slot")
-    target_loop_lag_s: float = Field(0.1, gt=0, description="p99 of how late the event loop is")
+    target_loop_lag_s: float = Field(0.2, gt=0, description="p99 of how late the event loop is")
     target_memory_growth_mb_per_h: float = Field(200, gt=0)
     target_poll_share: float = Field(0.5, gt=0, le=1, description="polls among polls and pushed events")
     target_refusal_share: float = Field(0.1, gt=0, le=1, description="refusals by a limit among all answers")

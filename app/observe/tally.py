@@ -53,20 +53,21 @@ class Numbers:
     early: Mapping[str, int] = field(default_factory=dict)  # polls before the time that the client was told
     connects: Mapping[str, int] = field(default_factory=dict)  # streams opened, by client
     states: Sequence[State] = ()  # oldest first
+    base: State = field(default_factory=State)  # at the beginning of the window
     memory_bytes: Sequence[tuple[float, int]] = ()  # seconds, bytes; over the last `memory_window_s`
     memory_window_s: float = 0.0
     read_per_s: float = 5.0  # that the limit lets one client in with
 
     def rise(self, name: str) -> int:
         """By how much a counter of State rose."""
-        return int(getattr(self.states[-1], name) - getattr(self.states[0], name)) if self.states else 0
+        return int(getattr(self.states[-1], name) - getattr(self.base, name)) if self.states else 0
 
     @property
     def refused(self) -> dict[str, int]:
         """Refusals by limit."""
         if not self.states:
             return {}
-        first, last = self.states[0].refused, self.states[-1].refused
+        first, last = self.base.refused, self.states[-1].refused
         return {name: count - first.get(name, 0) for name, count in last.items() if count > first.get(name, 0)}
 
 
@@ -124,6 +125,7 @@ class Tally:
         self._clock = clock
         self._salt = secrets.token_bytes(16)
         self._open = Interval()
+        self._base = read_state()
         self._closed: deque[tuple[float, Interval, State]] = deque(maxlen=INTERVALS_KEPT)
         self._memory: deque[tuple[float, int]] = deque(maxlen=INTERVALS_KEPT)
 
@@ -159,7 +161,7 @@ class Tally:
         self._closed.append((now, interval, state))
         self._memory.append((now, state.memory_bytes))
         while self._closed[0][0] < now - self._window_s:
-            self._closed.popleft()
+            _, _, self._base = self._closed.popleft()
         while self._memory[0][0] < now - self._memory_window_s:
             self._memory.popleft()
 
@@ -191,6 +193,7 @@ class Tally:
             early=hashed.get("early", {}),
             connects=hashed.get("connect", {}),
             states=[state for _, _, state in self._closed],
+            base=self._base,
             memory_bytes=list(self._memory),
             memory_window_s=self._memory_window_s,
             read_per_s=read_per_s,
