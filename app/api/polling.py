@@ -149,12 +149,16 @@ async def _hold(request: Request, subscriber: Puller, scan_ids: Sequence[str], w
 async def _wait_for_news(subscriber: Puller, wait_s: float) -> list[Event]:
     latest: list[Event] = []
     earliest = asyncio.get_running_loop().time() + POLL_MIN_S
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(wait_s) as limit, contextlib.aclosing(subscriber.batches()) as batches:
             async for latest in batches:
                 if _has_durable(latest):
                     break
                 limit.reschedule(min(earliest, limit.when() or earliest))
+    except TimeoutError:
+        pass
+    finally:
+        del limit  # which knows this task, whose exception knows this frame
     return latest
 
 

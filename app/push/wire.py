@@ -94,6 +94,12 @@ class Connection(Guard):
     def end_connection(self, exc: Exception | None) -> None:
         self.finish()
         super().end_connection(exc)
+        self.let_be_freed()
+
+    def let_be_freed(self) -> None:
+        """Nothing uses it any more. What is left refers to itself nowhere, else it would stay until a full collection
+        of the garbage collector, which hardly ever comes."""
+        self.app = self._app
 
 
 class HttpConnection(Connection, HttpGuard):
@@ -115,6 +121,14 @@ class HttpConnection(Connection, HttpGuard):
         super().finish()
         if self._finished is not None and not self._finished.done():
             self._finished.set_result(None)
+
+    def handle_websocket_upgrade(self) -> None:
+        super().handle_websocket_upgrade()
+        self.let_be_freed()
+
+    def let_be_freed(self) -> None:
+        super().let_be_freed()
+        self.parser = None  # type: ignore[assignment]
 
     def take_body(self) -> bytes | None:
         """The body of the request that is being served, if all of it is here."""
@@ -147,6 +161,11 @@ class WebSocketConnection(Connection, WebSocketGuard):
         if self._drained is not None:
             self.queue.put_nowait({"type": FINISH})  # type: ignore[misc, arg-type]
         super().finish()
+
+    def let_be_freed(self) -> None:
+        super().let_be_freed()
+        self._send = None  # type: ignore[assignment]
+        self.conn.parser.close()
 
     async def until_ready(self) -> None:
         """Returns when the transport takes more."""

@@ -152,9 +152,13 @@ async def settle(serving: Serving, bounds: Bounds, wanted: Kept | None) -> Kept:
         await asyncio.sleep(0)
 
 
+def name_type(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
 def count_objects() -> Counter[str]:
     gc.collect()
-    return Counter(f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.get_objects())
+    return Counter(map(name_type, gc.get_objects()))
 
 
 @contextlib.asynccontextmanager
@@ -220,3 +224,28 @@ async def test_a_reset_leaves_no_timer_that_would_hold_the_connection(
         peer.reset()
         await until(lambda: not bounds.connections)
         assert Kept.take_stock(serving, bounds).timers[KEEP_ALIVE] == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_whoever_has_left_is_freed_without_the_garbage_collector(
+    tmp_path: Path, sample_prices: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """A full collection hardly ever comes, being a pause that all feel; what waited for it would pile up."""
+    monkeypatch.setattr("tests.serving.IS_WIRED", [True])
+    monkeypatch.setattr("tests.chaos.test_leaks.TRANSPORTS", (transport,))
+    async with serve_watched(tmp_path, sample_prices, monkeypatch) as (serving, (bounds,)):
+        await cycle(serving)
+        await settle(serving, bounds, None)
+        gc.collect()
+        gc.disable()
+        try:
+            await cycle(serving)
+            await settle(serving, bounds, None)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            piled = Counter(name for thing in gc.garbage if (name := name_type(thing)).startswith(OWN))
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert piled.total() < CLIENTS / 10, piled
