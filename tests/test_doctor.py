@@ -8,12 +8,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from app.commands.holder import list_orphans
-from tests.chaos.servers import make_environment, started
-from tests.conftest import Gate, until
+from tests.conftest import until
 from tests.serving import serve
 from tests.test_cli import find_port, finish, read_until, run, start
 
@@ -78,25 +75,6 @@ async def test_a_server_that_crashed_is_told_by_what_it_left_and_one_that_runs_b
 
 def list_children(pid: int) -> set[int]:
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-async def test_a_worker_that_outlives_its_server_is_named(tmp_path: Path, sample_prices: Path, gate: Gate) -> None:
-    async with started(find_port(), make_environment(tmp_path, sample_prices)) as server:
-        body = {"scanner": "trial-gated", "params": {"gate": str(gate.path)}}
-        async with httpx.AsyncClient(base_url=server.url) as http:
-            scan = (await http.post("/v1/scans", json=body)).json()
-            async with asyncio.timeout(20):
-                while (await http.get(scan["links"]["self"])).json()["state"] != "running":  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-                workers = list_children(server.process.pid)
-        server.process.kill()
-        await server.process.wait()
-        ended = await run("doctor", "--url", server.url, "--state-dir", str(tmp_path / "state"))
-        assert ended.code == 2
-        named = {pid for pid in workers if f"pid {pid} is a worker of a server that died" in ended.out}
-        assert named
-        gate.open()
-        await until(lambda: not any(orphan.pid in named for orphan in list_orphans()))
 
 
 async def test_whoever_else_holds_the_port_is_named(tmp_path: Path) -> None:

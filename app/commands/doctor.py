@@ -11,7 +11,7 @@ import orjson
 from rich.text import Text
 
 from app.commands.environment import CommandFailed, name_command, read_settings
-from app.commands.holder import LOCK_NAME, Process, list_orphans, list_users, name_port_holder
+from app.commands.holder import LOCK_NAME, Process, list_users, name_port_holder
 from app.commands.launch import LOOPBACK
 from app.commands.listings import new_table, print_table
 from app.commands.terminal import show_text
@@ -119,16 +119,7 @@ def is_local(url: str) -> bool:
 def look_around(url: str, state_dir: Path | None, *, is_answering: bool) -> list[Finding]:
     """Who holds the port, who works in the state directory, and what crashed servers left. Raises CommandFailed."""
     settings = read_settings(state_dir=state_dir)
-    findings = [*_look_at_port(url, is_answering), *_look_at_directory(settings.state_dir)]
-    findings += [
-        Finding(
-            f"pid {orphan.pid} is a worker of a server that died: {orphan.command}",
-            f"It has nobody to work for: kill {orphan.pid}",
-            False,  # whose it was is not known
-        )
-        for orphan in list_orphans()
-    ]
-    return findings
+    return [*_look_at_port(url, is_answering), *_look_at_directory(settings.state_dir)]
 
 
 def _look_at_port(url: str, is_answering: bool) -> list[Finding]:

@@ -21,7 +21,6 @@ from app.log.lock import ADVICE, StateLock, describe
 
 PROC = Path("/proc")
 LOCK_NAME = "journal.lock"
-WORKER = b"anyio.to_process"  # what a worker process of ours runs
 TRY_EVERY_S = 0.01  # whether port and lock are free yet
 _LISTENS = "0A"  # the state of a socket in /proc/net/tcp
 _MAX_COMMAND = 160
@@ -192,19 +191,6 @@ def list_users(state_dir: Path) -> list[Process]:
         for pid in _list_pids()
         if pid != os.getpid() and any(link in journals for _, link in _list_files(pid))
     ]
-
-
-def list_orphans() -> list[Process]:
-    """Worker processes whose server has died, and that work on all the same. One that is idle ends by itself."""
-    found = []
-    for pid in _list_pids():
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            parent = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-            is_worker = WORKER in (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
-            # A server reaps none of its own; who is a child of the system's first process has lost its parent.
-            if is_worker and parent == 1 and (PROC / str(pid)).stat().st_uid == os.getuid():
-                found.append(_describe_process(pid))
-    return found
 
 
 def _describe_process(pid: int) -> Process:

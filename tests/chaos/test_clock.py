@@ -120,6 +120,7 @@ def test_the_wall_clock_is_read_where_nothing_else_will_do_and_nowhere_else() ->
         "app/commands/journal.py": 2,  # the date of a salvage, by which files are named
         "app/commands/listings.py": 1,  # when a scan was made, shown in local time
         "app/follow.py": 1,  # a date in Retry-After
+        "app/observe/webhook.py": 1,  # when it was signed, for who receives it
         "app/log/lock.py": 1,  # since when a lock is held, for people
         "app/observe/logs.py": 2,  # the time of a record, which the logging module took
     }
