@@ -39,7 +39,7 @@ HANDSHAKE = (
     "Sec-WebSocket-Version: 13",
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 )
-# 10,000 take half a minute and as many file descriptors, twice: set SCANWIRE_TEST_PEERS for them.
+# 10,000 take half a minute and as many file descriptors, twice: set SCANWIRE_TEST_PEERS for more.
 PEERS = int(os.environ.get("SCANWIRE_TEST_PEERS", "500"))
 
 
@@ -77,7 +77,7 @@ async def test_half_sent_heads_are_answered_and_gone_at_their_deadline_while_oth
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, max(4096, 3 * PEERS)), most))
     head = b"GET /v1/scanners HTTP/1.1\r\nHost: local"
-    async with serve(tmp_path, sample_prices, workers=1, head_wait_s=2 + PEERS / 500) as serving:
+    async with serve(tmp_path, sample_prices, workers=1, head_wait_s=2 + PEERS / 1000) as serving:
         watching = await watch_on(serving, "s_a")
         async with contextlib.AsyncExitStack() as stack:
             peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(PEERS)]
