@@ -45,7 +45,7 @@ from app.log.sqlite import SqliteJournal
 from app.market.sample import make_sample
 from app.observe.lookout import Lookout
 from app.observe.metrics import Metrics
-from app.observe.tally import State, Tally, Timing, read_memory
+from app.observe.tally import State, Tally, read_memory
 from app.observe.watchdog import Watchdog
 from app.observe.webhook import Webhook
 from app.push.guard import EXTENSION, Bounds
@@ -126,8 +126,7 @@ def create_app(
     app.state.legacy_rows = LegacyRows(settings.legacy_memory_bytes)
     protected = protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
     app.state.note_answer = None
-    deprecated = Deprecated(protected, lambda: app.state.service.metrics)
-    return Timing(deprecated, lambda: app.state.note_answer)
+    return Deprecated(protected, lambda: app.state.service.metrics)
 
 
 def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> Route:

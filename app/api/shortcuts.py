@@ -1,5 +1,6 @@
 """What is asked thousands of times a second, answered ahead of all layers: they would cost more than the answer."""
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
@@ -14,6 +15,7 @@ from app.api.security import DATA_HEADERS, Security, add_security_headers
 from app.api.service import Service
 from app.core.errors import ScanwireError
 from app.core.scan import Scan
+from app.observe.tally import Timing
 from app.push.wire import HttpConnection, find_wire
 
 _SCANS = "/v1/scans/"
@@ -25,26 +27,29 @@ class Shortcuts:
     """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor) and the producer's post
     whose body came with its head, where the server offers the wire to write the answer to.
 
-    `security` checks them all the same, and gets everything else.
+    `security` checks them all the same, and gets everything else, timed by Timing.
     """
 
     def __init__(self, security: Security, app: Starlette) -> None:
         self._security = security
         self._state = app.state
+        self._otherwise = Timing(security, lambda: app.state.note_answer)
         self._snapshots: SnapshotCache = app.state.snapshots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wire = find_wire(scope) if scope["type"] == "http" else None
         answer = None if wire is None else self._find(scope, wire)
         if wire is None or answer is None:
-            await self._security(scope, receive, send)
+            await self._otherwise(scope, receive, send)
             return
+        began = time.perf_counter()
         try:
             status, fields, body = await answer(self._security.check(scope))
         except ScanwireError as refusal:
             await refuse(refusal, scope, receive, add_security_headers(send))
             return
         wire.respond(status, (*fields, *DATA_HEADERS), body)
+        self._state.note_answer(time.perf_counter() - began)
 
     def _find(self, scope: Scope, wire: HttpConnection) -> Callable[[str], Awaitable[Answer]] | None:
         method, path = scope["method"], scope["path"]
