@@ -101,16 +101,14 @@ class Guard(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._held is not None:
             self._held += data
+            self.transport.pause_reading()  # now, since for one piece it would cost more than it spares
         elif self._bounds.turns.take(self._take_held):
             self.take_data(data)
         else:
             self._held = data
-            self.transport.pause_reading()
 
     def _take_held(self) -> None:
-        data, self._held = self._held, None
-        if data is None or self.transport.is_closing():
-            return
+        data, self._held = self._held or b"", None
         if not self.is_reading_paused():
             self.transport.resume_reading()
         self.take_data(data)

@@ -5,6 +5,7 @@ How long they take is measured by bench.storm, whose parts these are: a server a
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections import Counter
@@ -158,3 +159,18 @@ async def test_a_request_whose_peer_is_gone_before_its_turn_leaves_nothing(tmp_p
         for peer in peers[1::2]:
             peer._socket.shutdown(socket.SHUT_WR)
         await until(lambda: not any(count_held(serving)))
+
+
+async def test_who_posts_and_leaves_at_once_is_heard_all_the_same(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices, workers=1) as serving, contextlib.AsyncExitStack() as stack:
+        asked = {"scanner": "external", "params": {"title": "Work", "total": 10, "unit": "steps"}}
+        scan = (await serving.http.post("/v1/scans", json=asked)).json()
+        peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(200)]
+        await serving.http.get("/healthz")  # all are accepted
+        for place, peer in enumerate(peers):
+            body = json.dumps({"type": "matches", "rows": [{"place": place}]})
+            head = f"POST {scan['links']['events']} HTTP/1.1\r\nHost: {peer.host}\r\nContent-Type: application/json\r\n"
+            head += f"Authorization: Bearer {scan['producer_token']}\r\nContent-Length: {len(body)}\r\n\r\n"
+            peer._socket.send((head + body).encode())
+            peer._socket.close()
+        await until(lambda: serving.service.log.get(scan["id"]).matches == len(peers))
