@@ -17,11 +17,13 @@ const SCAN = /^\/scans\/([^/]+)$/;
 
 const form = new Form(find("fields"));
 const list = new List();
-const view = new ScanView(complain);
+const view = new ScanView(complain, showGone);
 /** @type {Scanners | null} */
 let known = null;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let counting;
+/** What the form was filled for: going back to it finds it as it was left. @type {string | null} */
+let filledFor = null;
 
 // Addresses.
 
@@ -29,6 +31,7 @@ let counting;
 function show(submitted) {
   const id = SCAN.exec(location.pathname)?.[1];
   quiet();
+  find("gone").hidden = true;
   const isHome = id === undefined;
   find("home").hidden = !isHome;
   document.body.classList.toggle("of-scan", !isHome);
@@ -44,7 +47,7 @@ function show(submitted) {
   } else {
     list.close();
     showTitle("Scan", null);
-    view.open(decodeURIComponent(id), submitted);
+    view.open(id, submitted);
   }
 }
 
@@ -53,7 +56,8 @@ function show(submitted) {
  * @param {Scan} [submitted]
  */
 function go(address, submitted) {
-  history.pushState(null, "", address);
+  if (submitted === undefined && new URL(address, location.href).hash !== "#scans") filledFor = null;
+  if (new URL(address, location.href).href !== location.href) history.pushState(null, "", address);
   show(submitted);
   const hash = location.hash === "#scans" ? "scans" : SCAN.test(location.pathname) ? "scan-title" : "home-title";
   find(hash).focus();
@@ -73,9 +77,11 @@ addEventListener("popstate", () => show());
 // The form.
 
 async function fillForm() {
-  const query = new URLSearchParams(location.search);
+  const isFilled = filledFor === location.search || (filledFor !== null && location.hash === "#scans");
+  if (known === null || isFilled) return;
+  filledFor = location.search;
+  const query = new URLSearchParams(filledFor);
   const again = query.get("again");
-  if (known === null) return;
   let scanner = query.get("scanner") ?? findSelect("scanner").value;
   /** @type {Record<string, unknown>} */
   let params = {};
@@ -112,6 +118,7 @@ function chooseScanner() {
 
 findSelect("scanner").addEventListener("change", () => {
   history.replaceState(null, "", `/?scanner=${encodeURIComponent(findSelect("scanner").value)}`);
+  filledFor = location.search;
   chooseScanner();
 });
 findSelect("preset").addEventListener("change", () => form.fill(findScanner()?.presets[findSelect("preset").value] ?? {}));
@@ -187,6 +194,13 @@ function quiet() {
   sayError("");
 }
 
+/** @param {Error} error */
+function showGone(error) {
+  showTitle("No such scan", null);
+  setText(find("gone-text"), error.message);
+  find("gone").hidden = false;
+}
+
 /** @param {string} text */
 function askForKey(text) {
   find("home").hidden = true;
@@ -208,16 +222,18 @@ async function start() {
   showFavicon(null, "");
   showConnection(scanwire);
   show();
+  let hasWaited = false;
   try {
     known = await keepAsking(() => scanwire.scanners(), (error, untilMs) => {
       const box = find("trouble");
       box.hidden = false;
+      hasWaited = true;
       countDown(untilMs, (rest) => setText(box, `${error.message} Next attempt in ${formatDuration(Math.ceil(rest ?? 0))}.`));
     });
   } catch (error) {
     return complain(error instanceof Error ? error : new Error(String(error)));
   }
-  quiet();
+  if (hasWaited) quiet();
   findSelect("scanner").replaceChildren(...known.scanners.map(({ name, title }) => make("option", { value: name }, `${title} (${name})`)));
   list.explain(known.scanners);
   view.explain(known.scanners);

@@ -313,8 +313,3 @@ async def test_the_list_shows_what_runs_as_it_runs(page: Page, serving: Serving)
     await expect(line.locator("td").nth(2)).to_have_text("100")
     await producer.end()
     await expect(line.locator(".badge")).to_have_text("completed")
-
-
-async def test_a_scan_that_is_not_kept_is_said_so(page: Page, serving: Serving) -> None:
-    await page.goto(f"{serving.url}/scans/s_{'A' * 22}")
-    await expect(page.locator("#trouble")).to_contain_text("It may be past its retention; submit it again.")
