@@ -157,22 +157,25 @@ function refuse(error) {
     if (rest.length > 0) sayError(rest.map(({ field, message }) => `${field}: ${message}`).join("; "));
     return;
   }
-  const untilMs = error.retryAfterMs === null ? null : Date.now() + error.retryAfterMs;
-  countDown(untilMs, (rest) => {
-    const when = rest === null ? "" : rest > 0 ? ` Try again in ${formatDuration(Math.ceil(rest))}.` : " You can try again now.";
-    sayError(`${error.message}${when}`);
-  });
+  sayError(withoutWait(error));
+  if (error.retryAfterMs !== null) countDown(Date.now() + error.retryAfterMs, "form-when", "Try again", "You can try again now.");
 }
 
+/** What the server said but for the seconds, which are counted down beside it. @param {Error} error */
+const withoutWait = (error) => error.message.replace(/ ?Try again in [\d.]+ s\.?/, "");
+
 /**
- * @param {number | null} untilMs
- * @param {(rest: number | null) => void} say the seconds that are left
+ * Beside what is read aloud once, not in it: else each second would be read out.
+ * @param {number} untilMs
+ * @param {string} id of the element that says how long it is
+ * @param {string} what can be done, or comes, then
+ * @param {string} now said once the time has come
  */
-function countDown(untilMs, say) {
+function countDown(untilMs, id, what, now) {
   clearTimeout(counting);
-  const rest = untilMs === null ? null : Math.max((untilMs - Date.now()) / 1000, 0);
-  say(rest);
-  if (rest !== null && rest > 0) counting = setTimeout(() => countDown(untilMs, say), 500);
+  const rest = Math.ceil((untilMs - Date.now()) / 1000);
+  setText(find(id), rest > 0 ? `${what} in ${formatDuration(rest)}.` : now);
+  if (rest > 0) counting = setTimeout(() => countDown(untilMs, id, what, now), 500);
 }
 
 // Refusals.
@@ -180,12 +183,17 @@ function countDown(untilMs, say) {
 /** @param {Error} error */
 function complain(error) {
   if (error instanceof RequestRefused && error.status === 401) return askForKey(error.message);
-  const box = find("trouble");
-  const untilMs = error instanceof RequestRefused && isWorthWaiting(error) && error.retryAfterMs !== null ? Date.now() + error.retryAfterMs : null;
-  box.hidden = false;
-  countDown(untilMs, (rest) => {
-    setText(box, `${error.message}${rest === null ? "" : rest > 0 ? ` It may work in ${formatDuration(Math.ceil(rest))}.` : " It may work now."}`);
-  });
+  sayTrouble(withoutWait(error));
+  if (!(error instanceof RequestRefused) || !isWorthWaiting(error) || error.retryAfterMs === null) return;
+  countDown(Date.now() + error.retryAfterMs, "trouble-when", "It may work", "It may work now.");
+}
+
+/** @param {string} message above the page */
+function sayTrouble(message) {
+  clearTimeout(counting);
+  find("trouble").hidden = false;
+  setText(find("trouble-text"), message);
+  setText(find("trouble-when"), "");
 }
 
 function quiet() {
@@ -225,10 +233,9 @@ async function start() {
   let hasWaited = false;
   try {
     known = await keepAsking(() => scanwire.scanners(), (error, untilMs) => {
-      const box = find("trouble");
-      box.hidden = false;
       hasWaited = true;
-      countDown(untilMs, (rest) => setText(box, `${error.message} Next attempt in ${formatDuration(Math.ceil(rest ?? 0))}.`));
+      sayTrouble(withoutWait(error));
+      countDown(untilMs, "trouble-when", "Next attempt", "Now.");
     });
   } catch (error) {
     return complain(error instanceof Error ? error : new Error(String(error)));

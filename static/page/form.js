@@ -225,9 +225,9 @@ function setError({ input, error }, message) {
   else input.setAttribute("aria-invalid", "true");
 }
 
-/** @param {string} message above the form; none when empty */
+/** @param {string} message about the form as a whole; none when empty */
 export function sayError(message) {
-  const box = find("form-error");
-  setText(box, message);
-  box.hidden = message === "";
+  find("refusal").hidden = message === "";
+  setText(find("form-error"), message);
+  setText(find("form-when"), "");
 }
