@@ -235,13 +235,14 @@ async function start() {
     known = await keepAsking(() => scanwire.scanners(), (error, untilMs) => {
       hasWaited = true;
       sayTrouble(withoutWait(error));
-      countDown(untilMs, "trouble-when", "Next attempt", "Now.");
+      countDown(untilMs, "trouble-when", "Next attempt", "Trying now.");
     });
   } catch (error) {
     return complain(error instanceof Error ? error : new Error(String(error)));
   }
   if (hasWaited) quiet();
   findSelect("scanner").replaceChildren(...known.scanners.map(({ name, title }) => make("option", { value: name }, `${title} (${name})`)));
+  findButton("start").disabled = false;
   list.explain(known.scanners);
   view.explain(known.scanners);
   if (!find("home").hidden) void fillForm();

@@ -121,6 +121,19 @@ def _path(page: Page, serving: Serving) -> str:
     return page.url.removeprefix(serving.url)
 
 
+async def test_without_scanners_nothing_can_be_started_and_the_next_attempt_is_counted_down(
+    page: Page, serving: Serving
+) -> None:
+    await page.route("**/v1/scanners", lambda route: route.abort())
+    await page.goto(f"{serving.url}/")
+    await expect(page.locator("#trouble-when")).to_contain_text("Next attempt in")
+    await expect(page.locator("#start")).to_be_disabled()
+    await page.unroute("**/v1/scanners")
+    await expect(page.locator("#field-where")).to_be_visible()
+    await expect(page.locator("#start")).to_be_enabled()
+    await expect(page.locator("#trouble")).to_be_hidden()
+
+
 async def test_what_is_on_its_way_pushes_nothing_aside(page: Page, serving: Serving) -> None:
     scan = await serving.submit("gap-up", preset="relaxed")
     await serving.finish(scan["id"])
