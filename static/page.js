@@ -17,11 +17,13 @@ const SCAN = /^\/scans\/([^/]+)$/;
 
 const form = new Form(find("fields"));
 const list = new List();
-const view = new ScanView(complain);
+const view = new ScanView(complain, showGone);
 /** @type {Scanners | null} */
 let known = null;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let counting;
+/** What the form was filled for: going back to it finds it as it was left. @type {string | null} */
+let filledFor = null;
 
 // Addresses.
 
@@ -29,6 +31,7 @@ let counting;
 function show(submitted) {
   const id = SCAN.exec(location.pathname)?.[1];
   quiet();
+  find("gone").hidden = true;
   const isHome = id === undefined;
   find("home").hidden = !isHome;
   document.body.classList.toggle("of-scan", !isHome);
@@ -44,7 +47,7 @@ function show(submitted) {
   } else {
     list.close();
     showTitle("Scan", null);
-    view.open(decodeURIComponent(id), submitted);
+    view.open(id, submitted);
   }
 }
 
@@ -53,7 +56,8 @@ function show(submitted) {
  * @param {Scan} [submitted]
  */
 function go(address, submitted) {
-  history.pushState(null, "", address);
+  if (submitted === undefined && new URL(address, location.href).hash !== "#scans") filledFor = null;
+  if (new URL(address, location.href).href !== location.href) history.pushState(null, "", address);
   show(submitted);
   const hash = location.hash === "#scans" ? "scans" : SCAN.test(location.pathname) ? "scan-title" : "home-title";
   find(hash).focus();
@@ -73,9 +77,11 @@ addEventListener("popstate", () => show());
 // The form.
 
 async function fillForm() {
-  const query = new URLSearchParams(location.search);
+  const isFilled = filledFor === location.search || (filledFor !== null && location.hash === "#scans");
+  if (known === null || isFilled) return;
+  filledFor = location.search;
+  const query = new URLSearchParams(filledFor);
   const again = query.get("again");
-  if (known === null) return;
   let scanner = query.get("scanner") ?? findSelect("scanner").value;
   /** @type {Record<string, unknown>} */
   let params = {};
@@ -112,6 +118,7 @@ function chooseScanner() {
 
 findSelect("scanner").addEventListener("change", () => {
   history.replaceState(null, "", `/?scanner=${encodeURIComponent(findSelect("scanner").value)}`);
+  filledFor = location.search;
   chooseScanner();
 });
 findSelect("preset").addEventListener("change", () => form.fill(findScanner()?.presets[findSelect("preset").value] ?? {}));
@@ -150,22 +157,25 @@ function refuse(error) {
     if (rest.length > 0) sayError(rest.map(({ field, message }) => `${field}: ${message}`).join("; "));
     return;
   }
-  const untilMs = error.retryAfterMs === null ? null : Date.now() + error.retryAfterMs;
-  countDown(untilMs, (rest) => {
-    const when = rest === null ? "" : rest > 0 ? ` Try again in ${formatDuration(Math.ceil(rest))}.` : " You can try again now.";
-    sayError(`${error.message}${when}`);
-  });
+  sayError(withoutWait(error));
+  if (error.retryAfterMs !== null) countDown(Date.now() + error.retryAfterMs, "form-when", "Try again", "You can try again now.");
 }
 
+/** What the server said but for the seconds, which are counted down beside it. @param {Error} error */
+const withoutWait = (error) => error.message.replace(/ ?Try again in [\d.]+ s\.?/, "");
+
 /**
- * @param {number | null} untilMs
- * @param {(rest: number | null) => void} say the seconds that are left
+ * Beside what is read aloud once, not in it: else each second would be read out.
+ * @param {number} untilMs
+ * @param {string} id of the element that says how long it is
+ * @param {string} what can be done, or comes, then
+ * @param {string} now said once the time has come
  */
-function countDown(untilMs, say) {
+function countDown(untilMs, id, what, now) {
   clearTimeout(counting);
-  const rest = untilMs === null ? null : Math.max((untilMs - Date.now()) / 1000, 0);
-  say(rest);
-  if (rest !== null && rest > 0) counting = setTimeout(() => countDown(untilMs, say), 500);
+  const rest = Math.ceil((untilMs - Date.now()) / 1000);
+  setText(find(id), rest > 0 ? `${what} in ${formatDuration(rest)}.` : now);
+  if (rest > 0) counting = setTimeout(() => countDown(untilMs, id, what, now), 500);
 }
 
 // Refusals.
@@ -173,18 +183,30 @@ function countDown(untilMs, say) {
 /** @param {Error} error */
 function complain(error) {
   if (error instanceof RequestRefused && error.status === 401) return askForKey(error.message);
-  const box = find("trouble");
-  const untilMs = error instanceof RequestRefused && isWorthWaiting(error) && error.retryAfterMs !== null ? Date.now() + error.retryAfterMs : null;
-  box.hidden = false;
-  countDown(untilMs, (rest) => {
-    setText(box, `${error.message}${rest === null ? "" : rest > 0 ? ` It may work in ${formatDuration(Math.ceil(rest))}.` : " It may work now."}`);
-  });
+  sayTrouble(withoutWait(error));
+  if (!(error instanceof RequestRefused) || !isWorthWaiting(error) || error.retryAfterMs === null) return;
+  countDown(Date.now() + error.retryAfterMs, "trouble-when", "It may work", "It may work now.");
+}
+
+/** @param {string} message above the page */
+function sayTrouble(message) {
+  clearTimeout(counting);
+  find("trouble").hidden = false;
+  setText(find("trouble-text"), message);
+  setText(find("trouble-when"), "");
 }
 
 function quiet() {
   clearTimeout(counting);
   find("trouble").hidden = true;
   sayError("");
+}
+
+/** @param {Error} error */
+function showGone(error) {
+  showTitle("No such scan", null);
+  setText(find("gone-text"), error.message);
+  find("gone").hidden = false;
 }
 
 /** @param {string} text */
@@ -208,17 +230,19 @@ async function start() {
   showFavicon(null, "");
   showConnection(scanwire);
   show();
+  let hasWaited = false;
   try {
     known = await keepAsking(() => scanwire.scanners(), (error, untilMs) => {
-      const box = find("trouble");
-      box.hidden = false;
-      countDown(untilMs, (rest) => setText(box, `${error.message} Next attempt in ${formatDuration(Math.ceil(rest ?? 0))}.`));
+      hasWaited = true;
+      sayTrouble(withoutWait(error));
+      countDown(untilMs, "trouble-when", "Next attempt", "Trying now.");
     });
   } catch (error) {
     return complain(error instanceof Error ? error : new Error(String(error)));
   }
-  quiet();
+  if (hasWaited) quiet();
   findSelect("scanner").replaceChildren(...known.scanners.map(({ name, title }) => make("option", { value: name }, `${title} (${name})`)));
+  findButton("start").disabled = false;
   list.explain(known.scanners);
   view.explain(known.scanners);
   if (!find("home").hidden) void fillForm();

@@ -7,11 +7,11 @@ import { formatPrice, formatShort } from "./format.js";
 /** @typedef {{ date: string[], open: number[], high: number[], low: number[], close: number[], volume: number[] }} Columns */
 
 const MIN_HEIGHT = 170; // of the prices
-const MAX_HEIGHT = 340;
+const MAX_HEIGHT = 480;
 const VOLUME_HEIGHT = 46;
 const GAP = 10;
 const AXIS_HEIGHT = 18;
-const AXIS_WIDTH = 58;
+const AXIS_WIDTH = 66;
 const TICKS = 4;
 const dayName = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeZone: "UTC" });
 const monthName = new Intl.DateTimeFormat(undefined, { month: "short", timeZone: "UTC" });

@@ -31,15 +31,13 @@ export class Chart {
       this.close();
       closed();
     });
-    this.#panel.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || this.#closer.hidden) return;
-      this.close();
-      closed();
-    });
-  }
-
-  get isOpen() {
-    return !this.#closer.hidden;
+    for (const part of [this.#panel, find("grid")]) {
+      part.addEventListener("keydown", (event) => {
+        if (event.key !== "Escape" || this.#closer.hidden) return;
+        this.close();
+        closed();
+      });
+    }
   }
 
   close(hint = HINT) {

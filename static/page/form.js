@@ -5,11 +5,12 @@ import { find, make, setText } from "./dom.js";
 import { formatShort } from "./format.js";
 
 /** @typedef {Record<string, any>} Schema */
-/** @typedef {{ name: string, schema: Schema, base: Schema, input: HTMLInputElement | HTMLSelectElement, error: HTMLElement }} Field */
+/** @typedef {{ name: string, schema: Schema, base: Schema, input: HTMLInputElement | HTMLSelectElement, amount: HTMLElement, error: HTMLElement }} Field */
 
 const COMMON = ["start", "end", "symbols", "where"]; // what every scanner of the market takes
 const PRESET = "preset"; // a choice of its own, above the fields that it fills
 const PLAIN_BOUND = 1e6; // a bound beyond it is there for the server's sake
+const LARGE = 10_000; // an amount beyond it is hard to read without a word
 const LIST = /[\s,;]+/;
 
 export class Form {
@@ -38,7 +39,11 @@ export class Form {
     this.#box.replaceChildren(...groups);
     for (const field of this.#fields) {
       field.input.addEventListener("input", () => this.#note(field));
-      field.input.addEventListener("change", () => setError(field, checkField(field)));
+      // Said to who goes on to the next field: under a press on the button below, nothing may grow and move it away.
+      field.input.addEventListener("blur", (event) => {
+        const next = /** @type {FocusEvent} */ (event).relatedTarget;
+        if (next instanceof Node && this.#box.contains(next)) setError(field, checkField(field));
+      });
     }
     this.fill({});
   }
@@ -96,7 +101,9 @@ export class Form {
 
   /** @param {Field} field */
   #note(field) {
-    const isChanged = JSON.stringify(readValue(field)) !== JSON.stringify(field.schema.default ?? null);
+    const value = readValue(field);
+    const isChanged = JSON.stringify(value) !== JSON.stringify(field.schema.default ?? null);
+    setText(field.amount, typeof value === "number" && Math.abs(value) >= LARGE ? formatShort(value) : "");
     field.input.closest(".field")?.classList.toggle("changed", isChanged);
   }
 
@@ -125,10 +132,10 @@ export class Form {
  * @param {Field[]} fields
  */
 function makeGroup(title, kind, fields) {
-  const boxes = fields.map(({ name, schema, base, input, error }) => {
+  const boxes = fields.map(({ name, schema, base, input, amount, error }) => {
     const label = make("label", { for: input.id }, nameField(name, schema));
     const hint = make("p", { class: "hint", id: `${input.id}-hint` }, describe(schema, base));
-    return make("div", { class: `field ${base.type === "boolean" ? "flag" : ""} field-${name}` }, label, input, hint, error);
+    return make("div", { class: `field ${base.type === "boolean" ? "flag" : ""} field-${name}` }, label, amount, input, hint, error);
   });
   return make("fieldset", { class: kind }, make("legend", {}, title), ...boxes);
 }
@@ -144,7 +151,8 @@ function makeField(name, schema) {
   const id = `field-${name}`;
   const shared = { id, name, "aria-describedby": `${id}-hint ${id}-error`, autocomplete: "off", spellcheck: "false" };
   const error = make("p", { class: "error", id: `${id}-error` });
-  return { name, schema, base, input: makeInput(shared, base, schema), error };
+  const amount = make("span", { class: "amount", "aria-hidden": "true" });
+  return { name, schema, base, input: makeInput(shared, base, schema), amount, error };
 }
 
 /**
@@ -182,7 +190,8 @@ function nameField(name, schema) {
  * @param {Schema} base
  */
 function describe(schema, base) {
-  const text = String(schema.description ?? "");
+  const said = String(schema.description ?? "");
+  const text = base.format === "date" ? said.replace(/, YYYY-MM-DD$/, "") : said; // its input has a way of its own to write it
   const [low, high] = [base.minimum ?? base.exclusiveMinimum, base.maximum ?? base.exclusiveMaximum];
   if (low === undefined && high === undefined) return text;
   const isOpen = high === undefined || high >= PLAIN_BOUND;
@@ -216,9 +225,9 @@ function setError({ input, error }, message) {
   else input.setAttribute("aria-invalid", "true");
 }
 
-/** @param {string} message above the form; none when empty */
+/** @param {string} message about the form as a whole; none when empty */
 export function sayError(message) {
-  const box = find("form-error");
-  setText(box, message);
-  box.hidden = message === "";
+  find("refusal").hidden = message === "";
+  setText(find("form-error"), message);
+  setText(find("form-when"), "");
 }

@@ -9,13 +9,17 @@ const short = new Intl.NumberFormat(undefined, { notation: "compact", maximumFra
 const ordinals = new Intl.PluralRules("en", { type: "ordinal" });
 /** @type {Record<string, string>} */
 const SUFFIXES = { one: "st", two: "nd", few: "rd", other: "th" };
+export const LARGE = 100_000; // decimals say nothing any more
 /** @type {Map<number, Intl.NumberFormat>} */
 const fixed = new Map();
 
+export const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
 export const moment = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 /** @param {number} value */
 export const formatWhole = (value) => whole.format(value);
+/** @param {number} value with the decimals that it has */
+export const formatPlain = (value) => plain.format(value);
 /** @param {number} value */
 export const formatShort = (value) => short.format(value);
 
@@ -61,6 +65,7 @@ export function formatRange([low, high]) {
   const from = roundAbout(low / unit);
   const to = Math.max(roundAbout(high / unit), 1);
   const name = unit === 1 ? "s" : "min";
+  if (from === 0) return `up to ${to} ${name}`;
   return from >= to ? `about ${to} ${name}` : `about ${from} to ${to} ${name}`;
 }
 
@@ -94,7 +99,7 @@ export function chooseDecimals(rows, name) {
   if (sizes.every(Number.isInteger)) return 0;
   sizes.sort((a, b) => a - b);
   const middle = sizes[sizes.length >> 1] ?? 0;
-  return middle >= 100_000 ? 0 : middle >= 1 ? 2 : 4;
+  return middle >= LARGE ? 0 : middle >= 1 ? 2 : 4;
 }
 
 /**
@@ -108,7 +113,7 @@ export function describeParams({ scanner, params }, schema) {
   for (const [name, value] of Object.entries(params)) {
     if (value === null || name === "title" || name === "unit" || name === "total") continue;
     if (schema !== undefined && JSON.stringify(schema.properties?.[name]?.default) === JSON.stringify(value)) continue;
-    const text = typeof value === "number" ? plain.format(value) : Array.isArray(value) ? (value.length > 6 ? formatCount(value.length, "symbol") : value.join(" ")) : `${value}`;
+    const text = typeof value === "number" ? formatPlain(value) : Array.isArray(value) ? (value.length > 6 ? formatCount(value.length, "symbol") : value.join(" ")) : `${value}`;
     parts.push(name === "where" ? text : Array.isArray(value) ? text : `${name} ${text}`);
   }
   return parts.length === 0 ? "all defaults" : parts.join(" · ");

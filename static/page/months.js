@@ -14,7 +14,14 @@ const monthName = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "
 export class Months {
   #box;
   #choose;
-  #svg = draw("svg", { class: "months-plot", height: HEIGHT + AXIS, role: "img" });
+  #svg = draw("svg", { height: HEIGHT + AXIS, "aria-hidden": "true" });
+  #plot = make("div", {
+    class: "months-plot",
+    tabindex: 0,
+    role: "slider",
+    "aria-label": "Matches per month; the arrow keys go from month to month, Enter shows the rows of one",
+    "aria-valuemin": 1,
+  });
   #bars = draw("path", { class: "bars" });
   #mark = draw("rect", { class: "mark", y: 0, height: HEIGHT, width: 0 });
   #from = draw("text", { y: HEIGHT + 13 });
@@ -27,23 +34,24 @@ export class Months {
   /** @type {[number, number]} what was asked for, where that is known */
   #asked = [Infinity, -Infinity];
   #most = 0;
+  /** @type {number | null} the month that is pointed at */
+  #at = null;
   #isDirty = true;
 
   /**
    * @param {HTMLElement} box
-   * @param {(month: string) => void} choose a month was clicked, as 2012-03
+   * @param {(month: string) => void} choose a month was chosen, as 2012-03
    */
   constructor(box, choose) {
     this.#box = box;
     this.#choose = choose;
     this.#svg.append(this.#mark, this.#bars, this.#from, this.#to);
-    box.append(this.#svg, this.#text);
-    this.#svg.addEventListener("pointermove", (event) => this.#point(event));
-    this.#svg.addEventListener("pointerleave", () => this.#point(null));
-    this.#svg.addEventListener("click", (event) => {
-      const month = this.#findMonth(event);
-      if (month !== null && this.#counts.has(month)) this.#choose(writeMonth(month));
-    });
+    this.#plot.append(this.#svg);
+    box.append(this.#plot, this.#text);
+    this.#plot.addEventListener("pointermove", (event) => this.#point(this.#findMonth(event)));
+    this.#plot.addEventListener("click", (event) => this.#take(this.#findMonth(event)));
+    this.#plot.addEventListener("keydown", (event) => this.#press(event));
+    for (const left of ["pointerleave", "blur"]) this.#plot.addEventListener(left, () => this.#point(null));
     new ResizeObserver(() => {
       this.#isDirty = true;
       this.draw();
@@ -60,6 +68,7 @@ export class Months {
     this.#last = -Infinity;
     this.#asked = [readMonth(start) ?? Infinity, readMonth(end) ?? -Infinity];
     this.#most = 0;
+    this.#at = null;
     this.#isDirty = true;
     this.draw();
   }
@@ -96,8 +105,7 @@ export class Months {
     this.#svg.setAttribute("width", `${width}`);
     if (isEmpty) {
       this.#bars.setAttribute("d", "");
-      this.#svg.setAttribute("aria-label", "No matches with a date yet");
-      setText(this.#text, "None yet");
+      this.#point(null);
       return;
     }
     const step = width / months;
@@ -108,37 +116,55 @@ export class Months {
       path += `M${((month - first + 0.5) * step - bar / 2).toFixed(1)} ${HEIGHT}v${(-height).toFixed(1)}h${bar.toFixed(1)}v${height.toFixed(1)}z`;
     }
     this.#bars.setAttribute("d", path);
-    const text = this.#summarise();
-    this.#svg.setAttribute("aria-label", text);
-    if (!this.#svg.matches(":hover")) setText(this.#text, text);
+    this.#point(this.#at);
   }
 
   #summarise() {
+    if (this.#counts.size === 0) return "None";
     const [month] = [...this.#counts].find(([, count]) => count === this.#most) ?? [0];
     return `Most in ${nameMonth(month)}: ${formatCount(this.#most, "match", "matches")}`;
   }
 
-  /** @param {PointerEvent | MouseEvent} event */
+  /** @param {MouseEvent} event */
   #findMonth(event) {
     const { first, months } = this.#span;
-    const at = event.clientX - this.#svg.getBoundingClientRect().left;
+    const at = event.clientX - this.#plot.getBoundingClientRect().left;
     const month = first + Math.floor((at / this.#box.clientWidth) * months);
     return this.#counts.size > 0 && month >= first && month < first + months ? month : null;
   }
 
-  /** @param {PointerEvent | null} event */
-  #point(event) {
-    const month = event === null ? null : this.#findMonth(event);
-    if (month === null) {
-      this.#mark.setAttribute("width", "0");
-      if (this.#counts.size > 0) setText(this.#text, this.#summarise());
-      return;
-    }
+  /** @param {number | null} month */
+  #take(month) {
+    if (month !== null && this.#counts.has(month)) this.#choose(writeMonth(month));
+  }
+
+  /** @param {KeyboardEvent} event */
+  #press(event) {
+    if (this.#counts.size === 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { first, months } = this.#span;
+    const last = first + months - 1;
+    /** @type {Record<string, number>} */
+    const moves = { ArrowLeft: (this.#at ?? last + 1) - 1, ArrowRight: (this.#at ?? first - 1) + 1, Home: first, End: last };
+    const move = moves[event.key];
+    if (move !== undefined) this.#point(Math.min(Math.max(move, first), last));
+    else if (event.key === "Enter" || event.key === " ") this.#take(this.#at);
+    else return;
+    event.preventDefault();
+  }
+
+  /** Says how many matches a month has; without one, which has most. @param {number | null} month */
+  #point(month) {
+    this.#at = month;
+    const isNone = month === null;
     const { first, months } = this.#span;
     const step = this.#box.clientWidth / months;
-    this.#mark.setAttribute("x", `${(month - first) * step}`);
-    this.#mark.setAttribute("width", `${Math.max(step, 2)}`);
-    setText(this.#text, `${nameMonth(month)}: ${formatCount(this.#counts.get(month) ?? 0, "match", "matches")}`);
+    const text = isNone ? this.#summarise() : `${nameMonth(month)}: ${formatCount(this.#counts.get(month) ?? 0, "match", "matches")}`;
+    setText(this.#text, text);
+    this.#mark.setAttribute("x", isNone ? "0" : `${(month - first) * step}`);
+    this.#mark.setAttribute("width", isNone ? "0" : `${Math.max(step, 2)}`);
+    this.#plot.setAttribute("aria-valuemax", `${Math.max(months, 1)}`);
+    this.#plot.setAttribute("aria-valuenow", `${isNone ? 1 : month - first + 1}`);
+    this.#plot.setAttribute("aria-valuetext", text);
   }
 }
 

@@ -1,7 +1,7 @@
 // @ts-check
 /** Where a scan stands, in numbers and in one sentence, from its events alone. */
 
-import { formatCount, formatDuration, formatOrdinal, formatRange, formatWhole, nameScan } from "./format.js";
+import { formatCount, formatDuration, formatOrdinal, formatPercent, formatRange, formatWhole, nameScan } from "./format.js";
 
 /** @import { End, Progress, ScanEvent, Snapshot } from "../scanwire.d.ts" */
 
@@ -19,7 +19,7 @@ export class Standing {
   unit = "steps";
   /** @type {Progress | null} */
   progress = null;
-  /** @type {{ position: number, eta_s: [number, number] } | null} */
+  /** @type {{ position: number, eta_s: [number, number] | null } | null} */
   queued = null;
   /** @type {number | null} on the server's clock */
   startedTs = null;
@@ -28,7 +28,7 @@ export class Standing {
   matches = 0;
   attempt = 1;
   isJoined = false;
-  #behindMs = Infinity; // how far the server's clock is behind ours, at most
+  #behindMs = Infinity; // how far the server's clock is behind ours, at most; not known before an event has come
 
   /**
    * @param {Snapshot} snapshot
@@ -41,6 +41,7 @@ export class Standing {
     this.state = snapshot.state;
     this.dataVersion = snapshot.data_version;
     this.startedTs ??= snapshot.started_ts;
+    this.#readQueued(snapshot);
     this.#readProgress(snapshot.progress);
     if (isBehind) this.matches = Math.max(this.matches, snapshot.matches);
     if (snapshot.end !== null) this.#finish(snapshot.end);
@@ -86,6 +87,11 @@ export class Standing {
     this.matches = end.matches;
   }
 
+  /** @param {Snapshot & { eta_s?: [number, number] | null }} snapshot */
+  #readQueued({ position, eta_s = null }) {
+    this.queued = position === null ? null : { position, eta_s };
+  }
+
   /** @param {Progress | null} progress */
   #readProgress(progress) {
     if (progress === null) return;
@@ -110,8 +116,9 @@ export class Standing {
 
   get elapsedS() {
     if (this.end !== null) return this.end.elapsed_s;
-    if (this.startedTs === null || this.#behindMs === Infinity) return null;
-    return Math.max((Date.now() - this.#behindMs - this.startedTs) / 1000, 0);
+    if (this.startedTs === null) return null;
+    const behindMs = this.#behindMs === Infinity ? 0 : this.#behindMs;
+    return Math.max((Date.now() - behindMs - this.startedTs) / 1000, 0);
   }
 
   /** One sentence on where it stands. */
@@ -120,7 +127,8 @@ export class Standing {
     if (end !== null) return this.#describeEnd(end);
     if (this.state === "cancelling") return "Cancelling…";
     if (this.state === "queued" && this.queued !== null) {
-      return `${formatOrdinal(this.queued.position)} in the queue, ${formatRange(this.queued.eta_s)}`;
+      const { position, eta_s } = this.queued;
+      return `${formatOrdinal(position)} in the queue${eta_s === null ? "" : `, ${formatRange(eta_s)}`}`;
     }
     if (this.state === "queued") return "In the queue";
     if (this.state === "reading") return "Reading…";
@@ -148,9 +156,10 @@ export class Standing {
   }
 
   get done() {
-    const { progress, total } = this;
-    if (progress === null) return total === null ? "–" : `0 of ${formatWhole(total)} ${this.unit}`;
-    const done = formatWhole(this.state === "completed" ? (total ?? progress.done) : progress.done);
-    return total === null ? `${done} ${this.unit}` : `${done} of ${formatWhole(total)} ${this.unit}`;
+    const { progress, total, share } = this;
+    if (progress === null && total === null) return "–";
+    const done = formatWhole(this.state === "completed" ? (total ?? progress?.done ?? 0) : (progress?.done ?? 0));
+    if (total === null) return `${done} ${this.unit}`;
+    return `${done} of ${formatWhole(total)} ${this.unit}${share === null ? "" : `, ${formatPercent(share)}`}`;
   }
 }

@@ -10,6 +10,7 @@
 
 export const KEEP_ROWS = 100_000; // what is beyond is counted, and in the exports
 const CONDITION = /^([a-z_][a-z0-9_]*)(<=|>=|<|>|=)(.*)$/i;
+const SIGN = /\s*(<=|>=|<|>|=)\s*/g;
 
 export class Rows {
   /** @type {Row[]} */
@@ -48,15 +49,13 @@ export class Rows {
     return this.all.length - this.#taken;
   }
 
-  /** Takes in what has come; whether the order has changed. */
+  /** Takes in what has come. */
   apply() {
-    if (this.isPaused || this.#taken === this.all.length) return false;
+    if (this.isPaused || this.#taken === this.all.length) return;
     const fresh = this.#choose(this.#taken);
     this.#taken = this.all.length;
-    if (fresh.length === 0) return false;
     if (this.sort === null) for (const place of fresh) this.order.push(place);
     else this.order = merge(this.order, fresh.sort(this.#compare), this.#compare);
-    return true;
   }
 
   /** @param {Sort | null} sort */
@@ -132,13 +131,13 @@ function merge(left, right, compare) {
 }
 
 /**
- * Words, each of which some text of the row must hold, and conditions such as `gap_pct>0.1`.
+ * Words, each of which some text of the row must hold, and conditions such as `gap_pct > 0.1`.
  * @param {string} text
  * @returns {(row: Row) => boolean}
  */
 function readFilter(text) {
   /** @type {((row: Row) => boolean)[]} */
-  const tests = text.trim().split(/\s+/).filter((part) => part !== "").map(readPart);
+  const tests = text.trim().replace(SIGN, "$1").split(/\s+/).filter((part) => part !== "").map(readPart);
   return (row) => tests.every((test) => test(row));
 }
 

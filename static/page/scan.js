@@ -3,13 +3,14 @@
 
 import { notify, offerNotification, say, sayProgress, showFavicon, showTitle } from "./attention.js";
 import { Chart } from "./chart.js";
-import { find, findButton, findInput, findLink, make, setText } from "./dom.js";
-import { describeParams, formatCount, formatDuration, formatPercent, formatRange, formatRate, formatWhole, isSynthetic } from "./format.js";
+import { find, findButton, findInput, findLink, make, makeTime, setText } from "./dom.js";
+import { clock, describeParams, formatCount, formatDuration, formatRange, formatRate, formatWhole, isSynthetic } from "./format.js";
 import { Months } from "./months.js";
 import { Standing } from "./progress.js";
 import { KEEP_ROWS, Rows } from "./rows.js";
 import { download, hasKey, scanwire } from "./server.js";
 import { Table } from "./table.js";
+import { RequestRefused } from "../scanwire.js";
 
 /** @import { Scan, ScanEvent, Scanners } from "../scanwire.d.ts" */
 
@@ -34,10 +35,15 @@ export class ScanView {
   #timer = undefined;
   #drawnAt = -Infinity;
   #refused;
+  #gone;
 
-  /** @param {(error: Error) => void} refused the scan cannot be shown, or something was not allowed */
-  constructor(refused) {
+  /**
+   * @param {(error: Error) => void} refused something was not allowed, or does not work now
+   * @param {(error: Error) => void} gone there is no such scan to show
+   */
+  constructor(refused, gone) {
     this.#refused = refused;
+    this.#gone = gone;
     this.#chart = new Chart(() => find("grid").focus());
     this.#table = new Table(find("grid"), this.#rows, (place) => this.#openRow(place), () => this.#draw());
     this.#months = new Months(find("months"), (month) => {
@@ -84,7 +90,7 @@ export class ScanView {
     if (scan.snapshot !== null) this.#standing.read(scan.snapshot);
     else void this.#look(scan);
     this.#showToken(scan.snapshot?.producer_token);
-    const leave = [scan.on("event", (event) => this.#take(event)), scan.on("error", (error) => this.#refused(error))];
+    const leave = [scan.on("event", (event) => this.#take(event)), scan.on("error", (error) => this.#fail(error))];
     this.#leaving.signal.addEventListener("abort", () => {
       for (const off of leave) off();
       scan.close();
@@ -109,8 +115,15 @@ export class ScanView {
       this.#drawSoon();
     } catch (error) {
       // Its events say the same, if they come.
-      if (!signal.aborted && error instanceof Error && /** @type {any} */ (error).status === 404) this.#refused(error);
+      if (!signal.aborted && error instanceof Error && isMissing(error)) this.#fail(error);
     }
+  }
+
+  /** @param {Error} error */
+  #fail(error) {
+    if (!isMissing(error) || this.#standing.state !== "reading") return this.#refused(error);
+    this.close();
+    this.#gone(error);
   }
 
   /** Of a scan whose work is done elsewhere: whoever does it needs this. @param {string | undefined} token */
@@ -201,19 +214,29 @@ export class ScanView {
     findButton("cancel").disabled = state === "cancelling";
     find("stats").dataset.state = state;
     this.#drawBar(share, state);
-    setText(find("stat-done"), share === null ? standing.done : `${standing.done}, ${formatPercent(share)}`);
+    setText(find("stat-done"), standing.done);
     setText(find("stat-matches"), formatWhole(standing.matches));
     const rate = progress?.rate ?? null;
     setText(find("stat-rate"), rate === null ? "–" : `${formatRate(rate)} ${standing.unit}/s`);
     const elapsed = standing.elapsedS;
     setText(find("stat-elapsed"), elapsed === null ? "–" : formatDuration(elapsed));
+    this.#drawSince(standing.startedTs);
     const eta = end === null ? progress?.eta_s : null;
-    setText(find("stat-left"), eta ? formatRange(eta) : end === null ? "–" : "ended");
+    setText(find("stat-left"), eta ? formatRange(eta) : "–");
+    setText(find("stat-text-name"), end === null ? "Now" : "Outcome");
     setText(find("stat-text"), standing.describe());
     find("stat-text").title = standing.describe();
     if (end !== null && find("skipped").dataset.of !== this.#scan?.id) this.#drawSkipped(end);
     if (end === null) find("skipped").hidden = true;
     if (end === null) delete find("skipped").dataset.of;
+  }
+
+  /** @param {number | null} ts when it started */
+  #drawSince(ts) {
+    const box = find("stat-since");
+    if (box.dataset.ts === `${ts}`) return;
+    box.dataset.ts = `${ts}`;
+    box.replaceChildren(...(ts === null ? [] : [", from ", makeTime(ts, clock)]));
   }
 
   /**
@@ -315,3 +338,6 @@ export class ScanView {
     });
   }
 }
+
+/** @param {Error} error */
+const isMissing = (error) => error instanceof RequestRefused && error.status === 404;

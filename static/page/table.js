@@ -5,12 +5,12 @@
  */
 
 import { make, setText } from "./dom.js";
-import { chooseDecimals, formatFixed, formatWhole } from "./format.js";
+import { chooseDecimals, formatFixed, formatPlain, LARGE } from "./format.js";
 
 /** @import { Row } from "../scanwire.d.ts" */
 /** @import { Rows } from "./rows.js" */
 
-/** @typedef {{ name: string, label: string, text: string, isNumber: boolean, decimals: number, chars: number }} Column */
+/** @typedef {{ name: string, label: string, text: string, isNumber: boolean, isBlank: boolean, decimals: number, chars: number }} Column */
 /** @typedef {{ element: HTMLElement, cells: HTMLElement[], position: number, place: number }} Line */
 
 const LINE_PX = 28;
@@ -77,10 +77,6 @@ export class Table {
     this.draw();
   }
 
-  get active() {
-    return this.#active;
-  }
-
   /** What stands in place of rows. @param {string} text */
   say(text) {
     setText(this.#empty, text);
@@ -122,13 +118,24 @@ export class Table {
 
   #findColumns() {
     const { all } = this.#rows;
-    const known = new Set(this.#columns.map((column) => column.name));
+    const known = new Map(this.#columns.map((column) => [column.name, column]));
     // Rows of one scanner are all alike; those of a producer need not be.
     const sample = this.#columns.length === 0 ? all.slice(0, SAMPLE_ROWS) : all.slice(-SAMPLE_ROWS);
+    /** @type {Set<string>} */
     const names = new Set();
-    for (const row of sample) for (const name in row) if (!known.has(name) && !this.#hidden.includes(name)) names.add(name);
+    for (const row of sample) {
+      for (const name in row) {
+        // What a column is shows with its first value.
+        const isKnown = known.has(name) && !(known.get(name)?.isBlank && row[name] !== null);
+        if (!isKnown && !this.#hidden.includes(name)) names.add(name);
+      }
+    }
     if (names.size === 0) return;
-    for (const name of names) this.#columns.push(this.#makeColumn(name, sample));
+    for (const name of names) {
+      const at = [...known.keys()].indexOf(name);
+      const index = at >= 0 ? at : this.#columns.length;
+      this.#columns[index] = this.#makeColumn(name, sample, index);
+    }
     this.#head.replaceChildren(...this.#columns.map((column, index) => this.#makeHeader(column, index)));
     this.#grid.style.setProperty("--columns", this.#columns.map((column) => `${column.chars}ch`).join(" "));
     this.#grid.setAttribute("aria-colcount", `${this.#columns.length}`);
@@ -139,15 +146,17 @@ export class Table {
   /**
    * @param {string} name
    * @param {Row[]} sample
+   * @param {number} index
    * @returns {Column}
    */
-  #makeColumn(name, sample) {
+  #makeColumn(name, sample, index) {
     const label = name.replaceAll("_", " ");
     const isNumber = sample.some((row) => typeof row[name] === "number");
+    const isBlank = sample.every((row) => (row[name] ?? null) === null);
     const decimals = isNumber ? chooseDecimals(sample, name) : 0;
-    const column = { name, label, text: this.#texts[name] ?? name, isNumber, decimals, chars: 0 };
+    const column = { name, label, text: this.#texts[name] ?? name, isNumber, isBlank, decimals, chars: 0 };
     const longest = Math.max(...sample.map((row) => writeCell(row, column).length), label.length + 1);
-    const bold = this.#columns.length === 0 ? 2 : 0; // the first one is written larger
+    const bold = index === 0 ? 2 : 0; // the first one is written larger
     return { ...column, chars: bold + Math.min(Math.max(longest + 3, MIN_CHARS), MAX_CHARS) };
   }
 
@@ -271,8 +280,8 @@ export class Table {
     for (const { element, place } of this.#lines) {
       const isActive = place >= 0 && place === this.#active;
       if (isActive) found = element;
-      if (element.hasAttribute("aria-selected") !== isActive) element.toggleAttribute("aria-selected", isActive);
       if (isActive) element.setAttribute("aria-selected", "true");
+      else element.removeAttribute("aria-selected");
     }
     if (found === null) this.#grid.removeAttribute("aria-activedescendant");
     else this.#grid.setAttribute("aria-activedescendant", found.id);
@@ -323,7 +332,10 @@ export class Table {
 function writeCell(row, { name, decimals }) {
   const value = row[name];
   if (value === null || value === undefined) return "–";
-  if (typeof value === "number") return decimals === 0 && Number.isInteger(value) ? formatWhole(value) : formatFixed(value, decimals);
+  if (typeof value === "number") {
+    const isCut = decimals === 0 && !Number.isInteger(value) && Math.abs(value) < LARGE; // among whole numbers
+    return isCut ? formatPlain(value) : formatFixed(value, decimals);
+  }
   if (typeof value === "boolean") return value ? "yes" : "no";
   return value;
 }
