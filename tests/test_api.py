@@ -402,6 +402,8 @@ async def test_each_scanner_is_listed_with_its_schema_and_the_names_for_where(se
             assert set(scanner["params"]["properties"]) == {"title", "total", "unit"}
             continue
         assert {"start", "end", "symbols", "where"} <= set(scanner["params"]["properties"])
+        if scanner["name"] == "gap-up":
+            assert scanner["params"]["properties"]["adv20_min_usd"]["title"] == "ADV20 min USD"
     assert "gap_pct" in answer["features"]
 
 

@@ -39,10 +39,24 @@ Count = Annotated[int, BeforeValidator(_read_count)]
 Day = Annotated[date, BeforeValidator(_read_date)]
 
 
+# As people in the field write them; every other word is one.
+_TERMS = {"d1": "D-1", "d2": "D-2", "vol": "volume", "prev": "previous", "gt": "above"}
+_ACRONYM = re.compile(r"(atr|adv|ema|usd)\d*")
+
+
+def make_title(name: str, _: object = None) -> str:
+    """A parameter's name as the label of its field: `adv20_min_usd` is "ADV20 min USD"."""
+    words = [word.upper() if _ACRONYM.fullmatch(word) else _TERMS.get(word, word) for word in name.split("_")]
+    title = " ".join(words)
+    return title[0].upper() + title[1:]
+
+
 class MarketParams(BaseModel):
     """What every market scanner takes. Days, symbols and `where` choose among matches; history is never cut."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, field_title_generator=make_title
+    )
 
     # Named sets of values; what is given beside `preset` overrides them.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -181,8 +181,7 @@ function makeInput(shared, base, schema) {
  * @param {Schema} schema
  */
 function nameField(name, schema) {
-  const title = String(schema.title ?? name).toLowerCase();
-  return title.charAt(0).toUpperCase() + title.slice(1);
+  return String(schema.title ?? name);
 }
 
 /**
