@@ -85,3 +85,17 @@ async def test_the_client_is_served_as_modules_that_may_connect(tmp_path: Path, 
             assert answer.status_code == 200, module
             assert answer.headers["content-type"].startswith("text/javascript"), module
             assert "connect-src 'self'" in answer.headers["content-security-policy"], module
+
+
+async def test_a_new_release_is_seen_at_once_and_what_has_not_changed_is_not_sent_again(
+    tmp_path: Path, sample_prices: Path
+) -> None:
+    async with serve(tmp_path, sample_prices) as serving:
+        for path in ("/static/scanwire.js", "/static/page.css", "/static/icon.svg", "/"):
+            first = await serving.http.get(path)
+            assert first.headers["cache-control"] == "no-cache", path
+            again = await serving.http.get(path, headers={"If-None-Match": first.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b""), path
+            assert again.headers["cache-control"] == "no-cache", path
+            other = await serving.http.get(path, headers={"If-None-Match": '"of-another-release"'})
+            assert (other.status_code, other.content) == (200, first.content), path
