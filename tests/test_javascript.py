@@ -18,6 +18,8 @@ MODULES = sorted([STATIC / "scanwire.js", *(STATIC / "scanwire").glob("*.js")])
 TESTS = sorted((ROOT / "tests" / "node").glob("*.test.mjs"))
 # Where npm packages are kept between runs.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scanwire-test"
+DENO = shutil.which("deno", path=str(Path(sys.executable).parent)) or shutil.which("deno")
+DENO_TESTS = [path for path in TESTS if path.name.partition(".")[0] in ("client", "eventstream", "scripted")]
 NODE_MIN = (20, 18)  # with both flags; from 22 on WebSocket needs none
 NODE_FLAGS = ("--experimental-websocket", "--experimental-eventsource", "--no-warnings")
 MAX_SCRIPT_BYTES = 100_000
@@ -49,6 +51,16 @@ def test_the_client_passes_its_tests_in_node(path: Path, tmp_path: Path, sample_
     command = ("node", *NODE_FLAGS, "--test", "--test-reporter=spec", "--test-timeout=570000", path)
     env = {"SCANWIRE_TEST_PYTHON": sys.executable, "SCANWIRE_PRICES": str(sample_prices), "TMPDIR": str(tmp_path)}
     run(*command, timeout_s=600, **env)
+
+
+def test_the_client_passes_its_tests_in_deno(tmp_path: Path, sample_prices: Path) -> None:
+    """Every transport against a real server, and what Deno's own parts could do otherwise than Node's."""
+    require(DENO is not None, "Deno")
+    assert DENO is not None
+    command = (DENO, "test", "--allow-all", "--no-check", "--no-lock", "--quiet", *DENO_TESTS)
+    env = {"SCANWIRE_TEST_PYTHON": sys.executable, "SCANWIRE_PRICES": str(sample_prices), "TMPDIR": str(tmp_path)}
+    env |= {"DENO_DIR": str(tmp_path / "deno"), "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+    assert " 0 failed" in run(*command, timeout_s=300, **env)
 
 
 def test_the_types_of_the_client_hold_strictly() -> None:
