@@ -109,5 +109,7 @@ async def test_a_new_release_is_seen_at_once_and_what_has_not_changed_is_not_sen
             again = await serving.http.get(path, headers={"If-None-Match": first.headers["etag"]})
             assert (again.status_code, again.content) == (304, b""), path
             assert again.headers["cache-control"] == "no-cache", path
+            # A browser would put it in place of the policy that it has kept, and then run nothing of it.
+            assert "content-security-policy" not in again.headers, path
             other = await serving.http.get(path, headers={"If-None-Match": '"of-another-release"'})
             assert (other.status_code, other.content) == (200, first.content), path
