@@ -26,7 +26,6 @@ const LOST_MS = 800;
 const HIDDEN_PING_MS = 30_000; // to stay known; such a page judges nobody
 const WORKER_START_MS = 2000;
 const WORKER_TRIES = 2;
-const BURY_MS = 400; // in Chromium a worker that starts while the one before is being cleared away has no network
 
 export class Link {
   #settings;
@@ -165,8 +164,8 @@ export class Link {
       if (data.life === undefined) return this.#receive(way, data);
       // Whoever gets this lock learns that the worker is dead, in a hidden tab as well.
       const { signal } = leaving;
-      const die = () => void this.#env.clock.setTimeout(() => this.#lose(way), BURY_MS);
-      this.#around.locks?.request(data.life, /** @type {const} */ ({ mode: "shared", signal }), die).catch(() => {});
+      const options = /** @type {const} */ ({ mode: "shared", signal });
+      this.#around.locks?.request(data.life, options, () => this.#lose(way)).catch(() => {});
     };
     /** @type {Way} */
     const way = {
