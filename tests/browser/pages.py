@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,37 @@ async def launch() -> AsyncIterator[Browser]:
             yield browser
         finally:
             await browser.close()
+
+
+@contextlib.asynccontextmanager
+async def launch_plain(state: Path) -> AsyncIterator[BrowserContext]:
+    """Chromium as people have it: a tab behind another is hidden and can be frozen, and a page that is left is kept.
+
+    With Playwright's own launch every tab thinks that it is shown, and no page is kept.
+    """
+    require(bool(CHROMIUM), "Chromium")
+    port = find_port()
+    flags = ["--headless=new", "--no-first-run", f"--remote-debugging-port={port}", f"--user-data-dir={state}"]
+    flags += ["--no-sandbox"] if os.geteuid() == 0 else []
+    process = await asyncio.create_subprocess_exec(CHROMIUM, *flags, "about:blank", stdout=DEVNULL, stderr=DEVNULL)
+    try:
+        async with asyncio.timeout(30), httpx.AsyncClient() as http:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if (await http.get(f"http://127.0.0.1:{port}/json/version")).is_success:
+                        break
+                await asyncio.sleep(0.05)
+        async with async_playwright() as playwright:
+            browser = await playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
+            (context,) = browser.contexts
+            context.set_default_timeout(WAIT_MS)
+            yield context
+            await (await browser.new_browser_cdp_session()).send("Browser.close")
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @contextlib.asynccontextmanager
