@@ -1,11 +1,13 @@
 """The browser client: its types, its tests in Node (tests/node) against real servers, and how it is served."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,21 +59,60 @@ def test_the_client_passes_its_tests_in_deno(tmp_path: Path, sample_prices: Path
     """Every transport against a real server, and what Deno's own parts could do otherwise than Node's."""
     require(DENO is not None, "Deno")
     assert DENO is not None
-    command = (DENO, "test", "--allow-all", "--no-check", "--no-lock", "--quiet", *DENO_TESTS)
+    command: tuple[str | Path, ...] = (DENO, "test", "--allow-all", "--no-check", "--no-lock", "--quiet", *DENO_TESTS)
     env = {"SCANWIRE_TEST_PYTHON": sys.executable, "SCANWIRE_PRICES": str(sample_prices), "TMPDIR": str(tmp_path)}
     env |= {"DENO_DIR": str(tmp_path / "deno"), "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
     assert " 0 failed" in run(*command, timeout_s=300, **env)
 
 
-def test_the_types_of_the_client_hold_strictly() -> None:
+def find_tsc() -> Path:
     require(bool(shutil.which("npm") and shutil.which("node")), "npm and node, for TypeScript")
     tsc = CACHE / "node_modules" / ".bin" / "tsc"
     if not tsc.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         run("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", CACHE, "typescript@7", timeout_s=300)
+    return tsc
+
+
+def test_the_types_of_the_client_hold_strictly() -> None:
     for module in MODULES:
         assert module.read_text().startswith("// @ts-check\n"), module.name
-    run(tsc, *TSC_FLAGS, *MODULES, STATIC / "scanwire.d.ts", timeout_s=120)
+    run(find_tsc(), *TSC_FLAGS, *MODULES, STATIC / "scanwire.d.ts", timeout_s=120)
+
+
+async def test_the_types_are_those_of_what_the_server_answers(tmp_path: Path, sample_prices: Path) -> None:
+    """Written out as literals, answers may have no member that the types do not have, and must have all of them."""
+    answers: list[tuple[str, Any]] = []
+    async with serve(tmp_path, sample_prices, workers=1, max_running=1) as serving:
+        first, *waiting = [await serving.submit(preset="relaxed") for _ in range(3)]
+        producing = await serving.submit("external", title="Test", total=10)
+        events = [{"type": "matches", "rows": [{"name": "a"}]}, {"type": "progress", "done": 3, "phase": "reading"}]
+        events.append({"type": "end", "state": "failed", "error": "The printer is empty."})
+        headers = {"Authorization": f"Bearer {producing['producer_token']}"}
+        at = f"/v1/scans/{producing['id']}"
+        for event in events:
+            answer = await serving.http.post(f"{at}/events", json=event, headers=headers)
+            assert answer.status_code == 202, answer.text
+            answers.append(("Snapshot", (await serving.http.get(at)).json()))
+        answers += [("Snapshot", snapshot) for snapshot in (first, *waiting, producing)]
+        answers += [("Snapshot", await serving.finish(snapshot["id"])) for snapshot in (first, *waiting)]
+        answers.append(("Scanners", (await serving.http.get("/v1/scanners")).json()))
+        listed = (await serving.http.get("/v1/scans?limit=2")).json()
+        answers.append(("{ scans: Snapshot[]; next: string | null }", listed))
+        accept = {"Accept": "application/json"}
+        pages = [
+            (await serving.http.get(f"/v1/scans/{id}/events", headers=accept)).json()
+            for id in (first["id"], producing["id"])
+        ]
+    answers += [("ScanEvent", event) for page in pages for event in page["events"]]
+    shown = [snapshot for kind, snapshot in answers if kind == "Snapshot"]
+    assert all(any(snapshot[name] for snapshot in shown) for name in ("position", "eta_s", "progress", "end"))
+    lines = ['import type { ScanEvent, Scanners, Snapshot } from "./scanwire.d.ts";']
+    for place, (kind, answer) in enumerate(answers):
+        lines.append(f"export const answer{place}: {kind} = {json.dumps(answer)};")
+    shutil.copy(STATIC / "scanwire.d.ts", tmp_path)
+    (tmp_path / "answers.ts").write_text("\n".join(lines))
+    run(find_tsc(), *TSC_FLAGS, tmp_path / "answers.ts", timeout_s=120)
 
 
 def test_the_client_is_one_import_and_small() -> None:
