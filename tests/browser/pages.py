@@ -115,10 +115,11 @@ async def read_table(page: Page) -> list[list[str]]:
 
 
 class Relay:
-    """The network between browser and server, which can be cut."""
+    """The network between browser and server, which can be cut; with `holds` it passes on no stream before its end."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, holds: bool = False) -> None:
         self._target = target
+        self._holds = holds
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = find_port()
@@ -140,10 +141,15 @@ class Relay:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        held = b""
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65_536):
+                if self._holds and (held or b"content-type: text/event-stream" in data):
+                    held += data
+                    continue
                 writer.write(data)
                 await writer.drain()
+            writer.write(held)
         writer.close()
         self._writers.discard(writer)
 

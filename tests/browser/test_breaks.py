@@ -30,6 +30,13 @@ from tests.test_cli import find_port
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+# What a browser lacks that has this transport left, by its name on the page.
+LACKS = {
+    "event stream": (),
+    "WebSocket": ("Response.prototype.body",),
+    "EventSource": ("Response.prototype.body", "globalThis.WebSocket"),
+    "Polling": ("Response.prototype.body", "globalThis.WebSocket", "globalThis.EventSource"),
+}
 # Long tasks and layout shifts from now on.
 OBSERVE = """() => {
   const observe = (type, values, read) =>
@@ -127,6 +134,50 @@ async def test_a_network_that_goes_and_comes_back_costs_no_row(browser: Browser,
         await check_table(page, producer)
         await producer.end()
         await wait_for_state(page, "completed")
+    await relay.cut()
+
+
+@pytest.mark.parametrize("transport", LACKS)
+async def test_over_each_transport_a_connection_that_breaks_costs_no_row(
+    browser: Browser, serving: Serving, transport: str
+) -> None:
+    producer = await Producer.start(serving.url)
+    await producer.post_rows(50)
+    relay = Relay(int(serving.url.rpartition(":")[2]))
+    await relay.mend()
+    async with profile(browser, shares="leader") as context:
+        await context.add_init_script("\n".join(f"delete {part};" for part in LACKS[transport]))
+        page = await context.new_page()
+        await page.goto(f"http://127.0.0.1:{relay.port}/scans/{producer.id}")
+        for _ in range(2):
+            await expect(page.locator("#connection-text")).to_contain_text(transport, timeout=WAIT_MS)
+            await wait_for_rows(page, producer.sent)
+            await producer.post_rows(10)
+            await relay.cut()
+            await producer.post_rows(10)
+            await relay.mend()
+        await producer.post_rows(10)
+        await check_table(page, producer)
+        await producer.end()
+        await wait_for_state(page, "completed")
+        await check_table(page, producer)
+    await relay.cut()
+
+
+async def test_a_proxy_that_buffers_costs_no_row(browser: Browser, serving: Serving) -> None:
+    producer = await Producer.start(serving.url)
+    await producer.post_rows(50)
+    relay = Relay(int(serving.url.rpartition(":")[2]), holds=True)
+    await relay.mend()
+    async with profile(browser) as context:
+        page = await context.new_page()
+        await page.goto(f"http://127.0.0.1:{relay.port}/scans/{producer.id}")
+        await expect(page.locator("#connection-text")).to_have_text("Live · WebSocket", timeout=WAIT_MS)
+        await producer.post_rows(50)
+        await check_table(page, producer)
+        await producer.end()
+        await wait_for_state(page, "completed")
+        await check_table(page, producer)
     await relay.cut()
 
 
