@@ -42,6 +42,19 @@ NOTE_LIFE = """() => {
   const note = ({ type, persisted }) => life.push(`${type} ${persisted}`);
   for (const type of ["pagehide", "pageshow"]) addEventListener(type, note);
 }"""
+NOTE_NOTIFICATIONS = """
+  globalThis.notes = [];
+  globalThis.Notification = class extends Notification {
+    constructor(title, options) {
+      super(title, options);
+      notes.push([title, options.tag]);
+    }
+    static requestPermission() {
+      sessionStorage.asked = Number(sessionStorage.asked ?? 0) + 1;
+      return super.requestPermission();
+    }
+  };
+"""
 NOTE_DRAWING = """() => {
   globalThis.drawn = 0;
   const note = (changes) => (drawn += changes.length);
@@ -299,3 +312,41 @@ async def test_a_page_that_is_left_is_kept_and_has_everything_when_one_comes_bac
         await wait_for_streams(serving.http, 1)
         await producer.post_rows(20)
         await check_all(tabs, producer, serving)
+
+
+async def test_a_notification_comes_at_the_end_to_who_asked_for_it_and_nobody_else_is_asked(
+    browser: BrowserContext, serving: Serving
+) -> None:
+    await browser.grant_permissions(["notifications"], origin=serving.url)
+    shown = await browser.new_page()
+    tab = await browser.new_page()
+    await tab.add_init_script(NOTE_NOTIFICATIONS)
+    try:
+        for is_asked_for in (False, True):
+            producer = await Producer.start(serving.url, total=10)
+            await tab.bring_to_front()
+            await tab.goto(f"{serving.url}/scans/{producer.id}")
+            await wait_for_state(tab, "running")
+            if is_asked_for:
+                await tab.check("#notify")
+                await tab.reload()  # it is remembered
+                await wait_for_state(tab, "running")
+                assert await tab.is_checked("#notify")
+            await shown.bring_to_front()
+            await producer.post_rows(3)
+            await tab.evaluate(WAIT_FOR_TITLE, "(30 %) ")
+            await producer.end()
+            await tab.evaluate(WAIT_FOR_TITLE, "A report · ")  # the share has gone from it
+            notes = [["A report: completed", producer.id]] if is_asked_for else []
+            assert await tab.evaluate("notes") == notes
+        assert await tab.evaluate("sessionStorage.asked") == "1"
+        # Who sees the end needs no notification.
+        producer = await Producer.start(serving.url)
+        await tab.bring_to_front()
+        await tab.goto(f"{serving.url}/scans/{producer.id}")
+        await producer.end()
+        await wait_for_state(tab, "completed")
+        assert await tab.evaluate("notes") == []
+    finally:
+        await tab.close()
+        await shown.close()
