@@ -55,6 +55,8 @@ NOTE_NOTIFICATIONS = """
     }
   };
 """
+# Of the clock by which the page draws what it says of passing time.
+LONGER_THAN_A_TICK = "() => new Promise((resolve) => setTimeout(resolve, 500))"
 NOTE_DRAWING = """() => {
   globalThis.drawn = 0;
   const note = (changes) => (drawn += changes.length);
@@ -213,12 +215,13 @@ async def test_a_hidden_tab_draws_nothing_and_has_everything_once_it_is_shown(
         await hidden.bring_to_front()
         await wait_for_rows(hidden, producer.sent)
         await shown.bring_to_front()
-        await hidden.evaluate("() => new Promise((resolve) => setTimeout(resolve, 200))")  # what was due is drawn
+        await hidden.evaluate(LONGER_THAN_A_TICK)  # what was due is drawn
         await hidden.evaluate(NOTE_DRAWING)
         for _ in range(4):
             await producer.post_rows(20)
             await asyncio.gather(*(wait_for_share(tab, producer) for tab in tabs))
         await wait_for_rows(shown, producer.sent)
+        await hidden.evaluate(LONGER_THAN_A_TICK)
         assert await hidden.evaluate("[document.visibilityState, drawn]") == ["hidden", 0]
         await hidden.bring_to_front()
         await wait_for_rows(hidden, producer.sent)
