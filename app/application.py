@@ -15,7 +15,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -114,7 +114,7 @@ def create_app(
         Route("/api/health", legacy.get_health, methods=["GET"]),
         Route("/api/performance", legacy.get_performance, methods=["GET"]),
         WebSocketRoute("/api/scan/progress/{id}", legacy_progress.serve_progress),
-        Mount("/static", GZipMiddleware(StaticFiles(directory=STATIC))),
+        Mount("/static", GZipMiddleware(_FILES)),
         Route("/", get_page, methods=["GET"]),
         Route("/scans/{id}", get_page, methods=["GET"]),
     ]
@@ -138,9 +138,21 @@ def _route(path: str, **endpoints: Callable[[Request], Awaitable[ASGIApp]]) -> R
     return Route(path, dispatch, methods=list(endpoints))
 
 
+class _Static(StaticFiles):
+    """Files that a browser asks for again each time, and gets again once they have changed: a new release at once."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+_FILES = _Static(directory=STATIC)
+
+
 async def get_page(request: Request) -> Response:
     """GET / and /scans/{id}: the page, which looks at its own address."""
-    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
+    return await _FILES.get_response("index.html", request.scope)
 
 
 @contextlib.asynccontextmanager

@@ -173,11 +173,13 @@ export interface ScanEvent {
 export interface Progress {
   done: number;
   total: number | null;
-  unit: string | null;
+  unit: string;
+  /** Units per second. */
   rate: number | null;
+  /** Until the end, from low to high. */
   eta_s: [number, number] | null;
   matches: number;
-  phase: string | null;
+  phase: string;
 }
 
 export interface End {
@@ -198,6 +200,8 @@ export interface Snapshot {
   params: Record<string, unknown>;
   state: "queued" | "running" | "cancelling" | "completed" | "failed" | "cancelled" | "lost";
   position: number | null;
+  /** Until the start, from low to high, while it is queued. */
+  eta_s: [number, number] | null;
   progress: Progress | null;
   matches: number;
   cursor: string;

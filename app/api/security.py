@@ -97,7 +97,7 @@ class Security:
     `own_token(method, path)` is True where the endpoint checks a bearer token of its own, such as a producer's: there
     no API key is asked for, and a bearer token that is no API key is passed on.
 
-    Every HTTP response gets DATA_HEADERS, or PAGE_HEADERS if it is text, except for those it sets itself.
+    Every HTTP response but a 304 gets DATA_HEADERS, or PAGE_HEADERS if it is text, except for those it sets itself.
     """
 
     def __init__(
@@ -310,10 +310,13 @@ def protect(
 
 
 def add_security_headers(send: Send) -> Send:
-    """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for."""
+    """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for.
+
+    A 304 has no type, and a browser takes its fields for those of what it has kept: they stay as they were.
+    """
 
     async def send_secured(message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.start" and message["status"] != 304:
             headers = message.get("headers", ())
             present = dict(headers)
             added = PAGE_HEADERS if present.get(b"content-type", b"").startswith(b"text/") else DATA_HEADERS

@@ -38,7 +38,7 @@ export class Link {
   #id = Math.random().toString(36).slice(2);
   /** @type {Way | null} null while this page is suspended */
   #way = null;
-  #workers = 0; // that were lost
+  #workers = 0; // in a row that never answered
   /** @type {unknown} */
   #timer = undefined;
   #pinged = Infinity; // since when an answer is waited for
@@ -158,12 +158,22 @@ export class Link {
    */
   #openWorker(SharedWorker) {
     const worker = new SharedWorker(new URL("./worker.js", import.meta.url), { type: "module", name: this.#name });
+    const leaving = new AbortController();
     worker.onerror = () => this.#lose(way);
-    worker.port.onmessage = ({ data }) => this.#receive(way, data);
+    worker.port.onmessage = ({ data }) => {
+      if (data.life === undefined) return this.#receive(way, data);
+      // Whoever gets this lock learns that the worker is dead, in a hidden tab as well.
+      const { signal } = leaving;
+      const options = /** @type {const} */ ({ mode: "shared", signal });
+      this.#around.locks?.request(data.life, options, () => this.#lose(way)).catch(() => {});
+    };
     /** @type {Way} */
     const way = {
       post: (said) => worker.port.postMessage({ said, settings: this.#settings }),
-      close: () => worker.port.close(),
+      close: () => {
+        leaving.abort();
+        worker.port.close();
+      },
     };
     return way;
   }
@@ -250,6 +260,7 @@ export class Link {
     if (way !== this.#way) return;
     this.#pinged = Infinity;
     this.#isHeard = true;
+    this.#workers = 0;
     if (told.op === "who") this.update();
     else if (told.op !== "pong") this.#hear(told);
   }

@@ -58,6 +58,7 @@ export const TRANSPORTS = {
  * @param {Transport} name
  */
 export function isThere(env, name) {
+  if (name === "fetch") return "body" in Response.prototype; // else streams cannot be read
   if (name === "websocket") return env.WebSocket !== undefined;
   if (name === "eventsource") return env.EventSource !== undefined && env.apiKey === null;
   return true;

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,37 @@ async def launch() -> AsyncIterator[Browser]:
 
 
 @contextlib.asynccontextmanager
+async def launch_plain(state: Path) -> AsyncIterator[BrowserContext]:
+    """Chromium as people have it: a tab behind another is hidden and can be frozen, and a page that is left is kept.
+
+    With Playwright's own launch every tab thinks that it is shown, and no page is kept.
+    """
+    require(bool(CHROMIUM), "Chromium")
+    port = find_port()
+    flags = ["--headless=new", "--no-first-run", f"--remote-debugging-port={port}", f"--user-data-dir={state}"]
+    flags += ["--no-sandbox"] if os.geteuid() == 0 else []
+    process = await asyncio.create_subprocess_exec(CHROMIUM, *flags, "about:blank", stdout=DEVNULL, stderr=DEVNULL)
+    try:
+        async with asyncio.timeout(30), httpx.AsyncClient() as http:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if (await http.get(f"http://127.0.0.1:{port}/json/version")).is_success:
+                        break
+                await asyncio.sleep(0.05)
+        async with async_playwright() as playwright:
+            browser = await playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
+            (context,) = browser.contexts
+            context.set_default_timeout(WAIT_MS)
+            yield context
+            await (await browser.new_browser_cdp_session()).send("Browser.close")
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@contextlib.asynccontextmanager
 async def profile(browser: Browser, *, shares: str = "worker", **options: Any) -> AsyncIterator[BrowserContext]:
     """A browser profile of its own; with `shares="leader"` it is one of those that have no SharedWorker."""
     context = await browser.new_context(locale="en-US", **options)
@@ -83,10 +115,11 @@ async def read_table(page: Page) -> list[list[str]]:
 
 
 class Relay:
-    """The network between browser and server, which can be cut."""
+    """The network between browser and server, which can be cut; with `holds` it passes on no stream before its end."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, holds: bool = False) -> None:
         self._target = target
+        self._holds = holds
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = find_port()
@@ -108,10 +141,15 @@ class Relay:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        held = b""
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65_536):
+                if self._holds and (held or b"content-type: text/event-stream" in data):
+                    held += data
+                    continue
                 writer.write(data)
                 await writer.drain()
+            writer.write(held)
         writer.close()
         self._writers.discard(writer)
 
