@@ -17,9 +17,9 @@ from app.engine.reaper import KINDS, Reaper
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
-from app.observe.diagnosis import Severity
 from app.observe.incidents import Change
 from app.observe.lookout import Lookout
+from app.observe.measures import Severity
 from app.observe.watchdog import Watchdog
 from app.push.hub import Hub
 
