@@ -230,10 +230,13 @@ class Tally:
         return {client if client == OTHERS else self.hash_client(client): count for client, count in by_client.items()}
 
 
-def read_memory(pid: int | str = "self") -> int:
-    """Resident memory of a process in bytes, of this one when none is named; 0 where the system does not tell."""
+def read_memory(pid: int | str = "self", column: int = 1) -> int:
+    """Resident memory of a process in bytes, of this one when none is named; 0 where the system does not tell.
+
+    Column 0 has its virtual memory.
+    """
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 
