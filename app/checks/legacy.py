@@ -52,7 +52,7 @@ async def check_results(course: Course) -> str:
     probe, scan_id = course.probe, await get_legacy(course)
     pause_s, until = FIRST_S, probe.clock() + course.max_scan_s + SOON_S
     for attempt in range(1, ATTEMPTS + 1):
-        await probe.wait(pause_s, "as the playbook's poller does")
+        await probe.wait(pause_s, "the next poll")
         status = probe.read_json(await probe.http.get(f"/api/scan/status/{scan_id}"), 200)
         if status.get("status") == "completed":
             break
@@ -150,7 +150,7 @@ async def check_rate_limit(course: Course) -> str:
     while (await probe.get_json(f"/v1/scans/{scan_id}"))["end"] is None:
         if probe.clock() > until:
             fail(f"the scan that was posted has not ended after {course.max_scan_s + SOON_S:g} s")
-        await probe.wait(1, "the scan that was posted")
+        await probe.wait(1, "the end of the scan that was posted")
     return f"post 1 was taken, and post {number} refused with 429, Retry-After {answer.headers['retry-after']}"
 
 

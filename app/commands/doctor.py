@@ -1,6 +1,8 @@
 """`scanwire doctor`: the diagnosis of a server as tables to act on, and what is in its way on this machine."""
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,13 +58,14 @@ def settle(findings: Sequence[Finding], *, fixes: bool, asks: bool) -> None:
     Otherwise the command for it is told.
     """
     for finding in findings:
-        print(f"\n{show_text(finding.what)}", flush=True)
+        print()
+        _say(finding.what)
         if finding.offer and fixes and finding.is_wrong:
-            print(f"  {finding.offer}: {finding.mend()}")
+            _say(f"{finding.offer}: {finding.mend()}", "  ")
         elif finding.offer and asks and _is_yes(f"  {finding.offer}? [y/N] "):
-            print(f"  {finding.mend()}")
+            _say(str(finding.mend()), "  ")
         elif finding.advice:
-            print(f"  → {finding.advice}")
+            _say(finding.advice, "  → ")
 
 
 def _is_yes(question: str) -> bool:
@@ -110,16 +113,41 @@ def print_report(report: Mapping[str, Any]) -> None:
         severity = Text(measure["severity"], style=STYLES.get(measure["severity"], ""))
         table.add_row(measure["measure"], value, f"{measure['target']:,.4g}{unit}", severity, within)
     print_table(table)
+    print()
+    _say(_conclude(report))
     for cause in report["causes"]:
         since = _show_since(cause["since_ts"], report["ts"])
-        print(f"\n{cause['name']} ({cause['kind']}), {since}: {show_text(cause['evidence'])}")
+        print()
+        _say(f"{cause['name']} ({cause['kind']}), {since}: {cause['evidence']}")
         if cause["clients"]:
-            print("  who: " + ", ".join(f"{client} × {count:,}" for client, count in cause["clients"].items()))
-        print(f"  → {show_text(cause['cure'])}")
+            _say(", ".join(f"{client} × {count:,}" for client, count in cause["clients"].items()), "  who: ")
+        _say(cause["cure"], "  → ")
     opened = [f"{incident['severity']} {incident['subject']}" for incident in report["incidents"]]
-    print(f"\nOpen incidents: {', '.join(opened) or 'none'}")
+    print()
+    _say(f"Open incidents: {', '.join(opened) or 'none'}")
     if report["emergency"]["is_on"]:
-        print(f"EMERGENCY: {show_text(report['emergency']['reason'])}. It is lifted when nothing urgent is wrong.")
+        _say(f"EMERGENCY: {report['emergency']['reason']}. It is lifted when nothing urgent is wrong.")
+
+
+def _conclude(report: Mapping[str, Any]) -> str:
+    """The worst of it, and by when to act, in one line."""
+    causes, severity = len(report["causes"]), report["severity"]
+    found = f"{causes or 'no'} cause{'s' * (causes != 1)} found"
+    if severity == "healthy":
+        return f"Every measure is within its target; {found}."
+    within = min(measure["act_within_h"] for measure in report["measures"] if measure["act_within_h"])
+    return f"{severity}: act within {within} h; {found}."
+
+
+def _say(text: str, lead: str = "") -> None:
+    """In lines of whole words on a terminal; in one line for a pipe."""
+    text = f"{lead}{show_text(text)}"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(
+            text, width, subsequent_indent="  " * bool(lead) + "  ", break_long_words=False, break_on_hyphens=False
+        )
+    print(text, flush=True)
 
 
 def _show_since(since_ts: int, now_ts: int) -> str:
