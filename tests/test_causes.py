@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -201,6 +202,8 @@ async def test_a_scanner_that_leaks_is_found_in_the_workers(tmp_path: Path, samp
         leaking.cancel()
         assert cause["kind"] == "application logic"
         assert "A scanner keeps something" in cause["cure"]
+        before, after = re.findall(r"its workers from ([0-9,]+) to ([0-9,]+)", cause["evidence"])[0]
+        assert int(after.replace(",", "")) - int(before.replace(",", "")) >= 8
 
 
 async def _scan_for_ever(serving: Serving, scanner: str) -> None:
