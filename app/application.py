@@ -254,18 +254,22 @@ def make_tally(settings: Settings, runner: Runner, hub: Hub, limits: Limits, wat
         running, watched, limited = runner.statistics(), hub.statistics(), limits.statistics()
         return State(
             memory_bytes=read_memory(),
+            workers_bytes=sum(map(read_memory, runner.pool.pids)),
             cpu_s=time.process_time(),
             running=running.running,
             slots=running.slots,
             queued=running.queued,
             streams=sum(watched.subscribers.values()),
             behind=hub.count_behind(),
+            most_streams=limits.find_most_streams(),
             pushed=sum(watched.pushed.values()),
             refused=limited.refused,
             blocks=watchdog.blocks,
         )
 
-    return Tally(settings.diagnosis_window_s, settings.memory_window_s, read_state)
+    tally = Tally(settings.diagnosis_window_s, settings.memory_window_s, read_state)
+    tally.take_charged = limits.take_charged
+    return tally
 
 
 def note_scan(tally: Tally, scan: Scan | None) -> None:

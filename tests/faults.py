@@ -227,6 +227,55 @@ async def run_everything_anew(app: ASGIApp, scope: Scope, receive: Receive, send
     await app({**scope, "headers": headers}, receive_changed, send)
 
 
+@edit
+def lose_legacy_rows(scope: Scope, answer: Answer) -> None:
+    """The results are those of "not ready"."""
+    if scope["path"].startswith("/api/scan/results/") and answer.status == 200:
+        _change_json(answer, results=[], total_found=0)
+
+
+@edit
+def never_complete_legacy(scope: Scope, answer: Answer) -> None:
+    if scope["path"].startswith("/api/scan/status/") and answer.status == 200:
+        _change_json(answer, status="running", progress_percent=100, results=[])
+
+
+@edit
+def refuse_legacy_without_successor(scope: Scope, answer: Answer) -> None:
+    if scope["path"].startswith("/api/") and answer.status >= 400:
+        answer.headers.pop(b"link", None)
+
+
+async def ignore_legacy_limits(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/api/operation/execute":
+        find_state(app).service.limits._buckets.clear()
+    await app(scope, receive, send)
+
+
+async def answer_legacy_slowly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"].startswith("/api/scan/status/"):
+        await asyncio.sleep(0.3)  # the fault itself
+    await app(scope, receive, send)
+
+
+async def say_completed_before_final(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send_early(message: Message) -> None:
+        if message["type"] == "websocket.send" and scope["path"].startswith("/api/"):
+            said = orjson.loads(message["text"])
+            if said["type"] == "final":
+                early = {"type": "progress", "status": "completed", "progress_percent": 100}
+                await send({"type": "websocket.send", "text": orjson.dumps(early).decode()})
+        await send(message)
+
+    await app(scope, receive, send_early)
+
+
+@edit
+def serve_no_legacy(scope: Scope, answer: Answer) -> None:
+    if scope["path"].startswith("/api/"):
+        answer.status, answer.body = 404, b"{}"
+
+
 def answer_with(status: int, path: str, **members: Any) -> Fault:
     """One address says something else."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ FASTER = 20  # the clock of the limits and the waits of the check run so many ti
 LIMITS: dict[str, Any] = {
     "submit_per_min": 2,
     "read_burst": 20,
-    "read_per_s": 0.25,
+    "read_per_s": 0.5,
     "connect_burst": 10,
     "connect_per_s": 2,
 }
@@ -86,9 +87,12 @@ def _mend(broken: Broken) -> Any:
 async def test_a_healthy_server_passes_every_check_and_nothing_is_left_behind(broken: Broken) -> None:
     results = await broken.check()
     assert {result.check: result.evidence for result in results if result.outcome != "pass"} == {}
-    assert len(results) == 21
+    assert len(results) == 26
     evidence = {result.check: result.evidence for result in results}
     assert "was refused with 429; after exactly the " in evidence["submit limit"]
+    assert "completed at poll 1 of 100; " in evidence["legacy results"]
+    assert " 0 rows" not in evidence["legacy results"]
+    assert re.match("post 1 was taken, and post [23] refused with 429, Retry-After ", evidence["legacy rate limit"])
     assert "of 3 sent at once 2 were accepted, 1 refused" in evidence["concurrency"]
     service = broken.serving.service
     assert [scan.id for scan in service.log.list_scans() if not scan.state.is_terminal] == []
@@ -98,12 +102,12 @@ async def test_a_healthy_server_passes_every_check_and_nothing_is_left_behind(br
 
 RESUMES = {f"resume by {name}" for name in ("SSE", "NDJSON", "WebSocket", "polls")}
 CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
-    "no Retry-After": (faults.drop_retry_after, {}, {"read limit", "submit limit"}),
+    "no Retry-After": (faults.drop_retry_after, {}, {"read limit", "submit limit", "legacy rate limit"}),
     "waits that are too short": (faults.promise_too_short_waits, {}, {"submit limit"}),
-    "no limits": (faults.ignore_limits, {}, {"read limit", "submit limit"}),
+    "no limits": (faults.ignore_limits, {}, {"read limit", "submit limit", "legacy rate limit"}),
     "hints that do not grow": (faults.give_the_same_hint_always, {}, {"poll hints"}),
-    "bad input taken": (faults.take_anything, {}, {"input validation"}),
-    "refusals without a reason": (faults.refuse_without_a_word, {}, {"input validation"}),
+    "bad input taken": (faults.take_anything, {}, {"input validation", "legacy refusals"}),
+    "refusals without a reason": (faults.refuse_without_a_word, {}, {"input validation", "legacy refusals"}),
     "nothing cancelled": (faults.cancel_nothing, {}, {"cancel"}),
     "every third answer a 500": (faults.FailNowAndThen().serve, {}, {"answer time", "read limit"}),
     "slow answers": (faults.answer_slowly, {"max_answer_s": 0.2}, {"answer time"}),
@@ -123,6 +127,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "a scan that fails": (None, {"scanner": "trial-raising"}, {"scan time"}),
     "not ready": (faults.answer_with(503, "/readyz"), {}, {"readiness"}),
     "not healthy": (faults.answer_with(500, "/healthz"), {}, {"health"}),
+    "old rows lost": (faults.lose_legacy_rows, {}, {"legacy results"}),
+    "old scans that never end": (faults.never_complete_legacy, {"max_scan_s": 20}, {"legacy results"}),
+    "old addresses without successors": (faults.refuse_legacy_without_successor, {}, {"legacy refusals"}),
+    "old posts without a limit": (faults.ignore_legacy_limits, {}, {"legacy rate limit"}),
+    "old answers slow": (faults.answer_legacy_slowly, {"max_answer_s": 0.2}, {"legacy answer time"}),
+    "completed before final": (faults.say_completed_before_final, {}, {"legacy socket"}),
     "no metrics": (faults.answer_with(404, "/metrics"), {}, {"metrics", "sessions"}),
 }
 
@@ -136,6 +146,14 @@ async def test_what_is_broken_is_found_and_nothing_else(broken: Broken, case: st
     broken.switch.fault = None
     active = [scan.id for scan in broken.serving.service.log.list_scans() if not scan.state.is_terminal]
     assert active == []
+
+
+async def test_where_the_routes_of_old_are_not_served_they_are_not_checked(broken: Broken) -> None:
+    broken.switch.fault = faults.serve_no_legacy
+    results = await broken.check()
+    assert list_failed(results) == {}
+    skipped = {result.check for result in results if result.outcome == "n/a"}
+    assert skipped == {f"legacy {name}" for name in ("results", "refusals", "socket", "answer time", "rate limit")}
 
 
 async def test_a_check_that_is_broken_off_leaves_nothing_behind(broken: Broken) -> None:
@@ -178,14 +196,16 @@ async def test_on_the_command_line_a_key_opens_the_server_and_the_exit_code_tell
         assert table.code == 0, table.out
         rows = table.out.splitlines()
         assert all(row.startswith(("pass  ", "n/a   ")) for row in rows[:-1])
-        assert rows[-1].startswith("19 pass, 2 n/a in ")
+        assert rows[-1].startswith("23 pass, 3 n/a in ")
         suites = ElementTree.parse(junit).getroot()
         assert len(suites.findall("testsuite/testcase")) == len(rows) - 1
-        assert [case.get("name") for case in suites.findall(".//testcase[skipped]")] == ["read limit", "submit limit"]
+        assert [case.get("name") for case in suites.findall(".//testcase[skipped]")] == [
+            *("read limit", "submit limit", "legacy rate limit")
+        ]
 
         lines = await run(*words, "--json", "--max-answer-s", "0.0001", SCANWIRE_API_KEY="sesame")
         assert lines.code == 1, lines.out
         results = [json.loads(line) for line in lines.out.splitlines()]
-        (failed,) = [result for result in results if result["outcome"] == "fail"]
-        assert failed["check"] == "answer time"
-        assert failed["evidence"].endswith("; 0.0001 s are the target")
+        failed = {result["check"]: result["evidence"] for result in results if result["outcome"] == "fail"}
+        assert failed.keys() == {"answer time", "legacy answer time"}
+        assert all(evidence.endswith("; 0.0001 s are the target") for evidence in failed.values())

@@ -97,6 +97,15 @@ def find_slow(prices: Prices, params: SlowParams) -> pl.DataFrame:
     return prices.with_features([]).group_by("symbol", maintain_order=True).agg(pl.col("date").first())
 
 
+_leaked: list[bytes] = []
+
+
+def find_leaking(prices: Prices, params: MarketParams) -> pl.DataFrame:
+    """Each chunk leaves 4 MB behind in its process."""
+    _leaked.append(bytes(bytearray(4 * 2**20).replace(b"\0", b"x")))
+    return find_slow(prices, SlowParams(pause_ms=10))
+
+
 def find_raising(prices: Prices, params: GateParams) -> pl.DataFrame:
     raise RuntimeError("/secret/path of the server")
 
@@ -122,6 +131,7 @@ CRASHING = _make("trial-crashing", find_crashing, CrashParams)
 RAISING = _make("trial-raising", find_raising)
 LEAVING = _make("trial-leaving", find_leaving, LeavingParams)
 SLOW = _make("trial-slow", find_slow, SlowParams)
+LEAKING = _make("trial-leaking", find_leaking, MarketParams)
 EVERYTHING = _make("trial-everything", find_everything)
 BROKEN = "not a scanner at all"
 
@@ -131,6 +141,7 @@ crashing = tests.trial_scanners:CRASHING
 raising = tests.trial_scanners:RAISING
 leaving = tests.trial_scanners:LEAVING
 slow = tests.trial_scanners:SLOW
+leaking = tests.trial_scanners:LEAKING
 everything = tests.trial_scanners:EVERYTHING
 broken = tests.trial_scanners:BROKEN
 missing = tests.no_such_module:SCANNER

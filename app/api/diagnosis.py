@@ -15,9 +15,10 @@ from app.api.models import Count, TimeMs, Wire
 from app.api.scans import read_json
 from app.api.service import get_service
 from app.core.errors import InvalidParams
-from app.observe.diagnosis import Kind, Severity
+from app.observe.causes import Kind
 from app.observe.incidents import Change
 from app.observe.lookout import frame_told
+from app.observe.measures import Severity
 from app.push.frames import open_sse
 
 # What the answers look like; /openapi.json is made of it.
@@ -38,6 +39,7 @@ class CauseStatus(Wire):
     name: str
     kind: Kind
     evidence: str
+    since_ts: TimeMs
     cure: str
     clients: Annotated[dict[str, Count], Field(description="who it comes of: hashes that hold until the next start")]
 

@@ -157,7 +157,8 @@ async def _check_workers(service: Service) -> str:
 
 async def get_metrics(request: Request) -> Response:
     """GET /metrics: Prometheus' text format."""
-    return Response(get_service(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await get_service(request).metrics.render()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def get_performance(request: Request) -> Response:

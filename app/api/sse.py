@@ -95,7 +95,7 @@ class Stream:
         wire.write(self.framing.wrap(self.opening))
         with (
             self.lease,
-            self.service.hub.push(wire, self.framing, ends=True) as subscriber,
+            self.service.hub.push(wire, self.framing, ends=True, client=self.client) as subscriber,
             self.service.sessions.stream(self.client, self.scan_ids),
             contextlib.suppress(UnknownScan),  # reaped in this very moment; the client is told when it comes back
         ):

@@ -82,7 +82,7 @@ async def _serve_pushed(
     """Reads messages and answers them; events are written straight to the transport by the hub."""
     with (
         lease,
-        service.hub.push(wire, MESSAGES, ends=False) as subscriber,
+        service.hub.push(wire, MESSAGES, ends=False, client=client) as subscriber,
         _Dialogue(service, client, subscriber, watched) as dialogue,
     ):
         while True:

@@ -26,6 +26,7 @@ class Course:
     market_id: str = ""
     told: dict[str, list[ScanEvent]] = field(default_factory=dict)  # durable events of the market scans
     external_id: str = ""
+    legacy: dict[str, Any] = field(default_factory=dict)  # the first answer to a scan by the routes of old
 
     def make_submission(self) -> dict[str, Any]:
         """A scan that nobody asked for before, so that it equals no other and must run."""

@@ -61,13 +61,13 @@ class Probe:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._headers = {"User-Agent": "scanwire-check"}
+        self.headers = {"User-Agent": "scanwire-check"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self.headers["Authorization"] = f"Bearer {api_key}"
         try:
             self.http = httpx.AsyncClient(
                 base_url=url,
-                headers=self._headers,
+                headers=self.headers,
                 timeout=httpx.Timeout(REQUEST_S, connect=CONNECT_S),
                 limits=httpx.Limits(max_connections=100),
             )
@@ -242,7 +242,7 @@ class Probe:
             async with asyncio.timeout(REQUEST_S):
                 socket = await connect(
                     url,
-                    additional_headers=self._headers,
+                    additional_headers=self.headers,
                     subprotocols=[Subprotocol("scanwire.v1")],
                     compression=None,
                 )

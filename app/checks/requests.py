@@ -106,9 +106,13 @@ def _is_clear(answer: httpx.Response) -> bool:
 
 
 async def check_answer_time(course: Course) -> str:
-    """Ten snapshots of a scan that has ended, one after another: asking for that has no better time."""
+    """Snapshots of a scan that has ended: asking for that has no better time."""
+    return await time_answers(course, f"/v1/scans/{await course.get_market()}")
+
+
+async def time_answers(course: Course, path: str) -> str:
+    """Asks ten times, one after another. Raises Unmet when one fails, or most take too long."""
     probe = course.probe
-    path = f"/v1/scans/{await course.get_market()}"
     times: list[float] = []
     errors: list[str] = []
     while len(times) + len(errors) < ANSWERS:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.checks import limits, push, requests, scans
+from app.checks import legacy, limits, push, requests, scans
 from app.checks.course import Course
 from app.checks.probe import LONGEST_WAIT_S, WEBSOCKET, NotApplicable, Probe, Unmet, describe_failure
 from app.commands.listings import PIPE_WIDTH
@@ -68,6 +68,11 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("resume by polls", _resume(POLL)),
     ("sessions", scans.check_sessions),
     ("cancel", scans.check_cancel),
+    ("legacy results", legacy.check_results),
+    ("legacy refusals", legacy.check_refusals),
+    ("legacy socket", legacy.check_socket),
+    ("legacy answer time", legacy.check_answer_time),
+    ("legacy rate limit", legacy.check_rate_limit),
 )
 LAST: tuple[str, Check] = ("nothing left behind", scans.check_nothing_left)
 

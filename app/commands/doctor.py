@@ -1,62 +1,80 @@
 """`scanwire doctor`: the diagnosis of a server as tables to act on, and what is in its way on this machine."""
 
+import shutil
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import orjson
 from rich.text import Text
 
-from app.commands.environment import CommandFailed, name_command, read_settings
-from app.commands.holder import LOCK_NAME, Process, list_users, name_port_holder
+from app.commands.environment import CommandFailed
 from app.commands.launch import LOOPBACK
 from app.commands.listings import new_table, print_table
+from app.commands.surroundings import Finding, look_around
 from app.commands.terminal import show_text
-from app.follow import CONNECT_S, ClientError, describe_break, read_refusal
-from app.log.lock import StateLock
+from app.follow import CONNECT_S, ClientError, RequestRefused, describe_break, read_refusal
 
 HEALTHY, WRONG, NOT_ASKED = 0, 1, 2  # exit codes
 DIAGNOSIS_S = 10.0
 STYLES = {"P0": "bold red", "P1": "red", "P2": "yellow", "healthy": "green"}
 
 
-class Finding(NamedTuple):
-    """Something on this machine: what it is, and what to do about it, if anything."""
-
-    what: str
-    advice: str
-    is_wrong: bool
-
-
-def run_doctor(url: str, api_key: str | None, state_dir: Path | None, *, as_json: bool) -> int:
-    """Asks, looks, tells; gives the exit code."""
+def run_doctor(url: str, api_key: str | None, state_dir: Path | None, *, as_json: bool, fixes: bool = False) -> int:
+    """Asks, looks, tells, and does what it was told to; gives the exit code."""
     report: dict[str, Any] | None = None
-    reason = ""
+    reason, is_answering = "", True
     try:
         report = ask_server(url, api_key)
     except ClientError as error:
-        reason = str(error)
+        reason, is_answering = str(error), isinstance(error, RequestRefused)
     try:
-        findings = look_around(url, state_dir, is_answering=report is not None) if is_local(url) else []
+        findings = look_around(url, state_dir, is_answering=is_answering) if is_local(url) else []
     except CommandFailed as error:
         print(str(error), file=sys.stderr)
         return NOT_ASKED
     if as_json:
-        here = [finding._asdict() for finding in findings]
+        done = [finding.mend() if fixes and finding.is_wrong else None for finding in findings]
+        here = [finding.to_json() | {"done": what} for finding, what in zip(findings, done, strict=True)]
         print(orjson.dumps({"url": url, "diagnosis": report, "error": reason or None, "here": here}).decode())
     else:
         if report is not None:
             print_report(report)
-        for finding in findings:
-            print(f"\n{show_text(finding.what)}" + (f"\n  → {finding.advice}" if finding.advice else ""))
+        settle(findings, fixes=fixes, asks=sys.stdin.isatty() and sys.stdout.isatty())
     if report is None:
         print(f"It could not be asked: {reason}", file=sys.stderr)
         return NOT_ASKED
     is_well = report["severity"] == "healthy" and not report["causes"] and not report["emergency"]["is_on"]
     return HEALTHY if is_well and not any(finding.is_wrong for finding in findings) else WRONG
+
+
+def settle(findings: Sequence[Finding], *, fixes: bool, asks: bool) -> None:
+    """Tells each finding. What it offers is done with `fixes`, where something is wrong, or with `asks` after a yes.
+
+    Otherwise the command for it is told.
+    """
+    for finding in findings:
+        print()
+        _say(finding.what)
+        if finding.offer and fixes and finding.is_wrong:
+            _say(f"{finding.offer}: {finding.mend()}", "  ")
+        elif finding.offer and asks and _is_yes(f"  {finding.offer}? [y/N] "):
+            _say(str(finding.mend()), "  ")
+        elif finding.advice:
+            _say(finding.advice, "  → ")
+
+
+def _is_yes(question: str) -> bool:
+    print(question, end="", flush=True)  # input() would show it on stderr, wherever that goes
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 def ask_server(url: str, api_key: str | None) -> dict[str, Any]:
@@ -76,7 +94,7 @@ def ask_server(url: str, api_key: str | None) -> dict[str, Any]:
         raise read_refusal(answer)
     try:
         report = answer.json()
-        if {"severity", "measures", "causes", "incidents", "emergency"} <= set(report):
+        if {"severity", "measures", "causes", "incidents", "emergency", "ts"} <= set(report):
             return dict(report)
     except (ValueError, TypeError):
         pass
@@ -95,15 +113,49 @@ def print_report(report: Mapping[str, Any]) -> None:
         severity = Text(measure["severity"], style=STYLES.get(measure["severity"], ""))
         table.add_row(measure["measure"], value, f"{measure['target']:,.4g}{unit}", severity, within)
     print_table(table)
+    print()
+    _say(_conclude(report))
     for cause in report["causes"]:
-        print(f"\n{cause['name']} ({cause['kind']}): {show_text(cause['evidence'])}")
+        since = _show_since(cause["since_ts"], report["ts"])
+        print()
+        _say(f"{cause['name']} ({cause['kind']}), {since}: {cause['evidence']}")
         if cause["clients"]:
-            print("  who: " + ", ".join(f"{client} × {count:,}" for client, count in cause["clients"].items()))
-        print(f"  → {show_text(cause['cure'])}")
+            _say(", ".join(f"{client} × {count:,}" for client, count in cause["clients"].items()), "  who: ")
+        _say(cause["cure"], "  → ")
     opened = [f"{incident['severity']} {incident['subject']}" for incident in report["incidents"]]
-    print(f"\nOpen incidents: {', '.join(opened) or 'none'}")
+    print()
+    _say(f"Open incidents: {', '.join(opened) or 'none'}")
     if report["emergency"]["is_on"]:
-        print(f"EMERGENCY: {show_text(report['emergency']['reason'])}. It is lifted when nothing urgent is wrong.")
+        _say(f"EMERGENCY: {report['emergency']['reason']}. It is lifted when nothing urgent is wrong.")
+
+
+def _conclude(report: Mapping[str, Any]) -> str:
+    """The worst of it, and by when to act, in one line."""
+    causes, severity = len(report["causes"]), report["severity"]
+    found = f"{causes or 'no'} cause{'s' * (causes != 1)} found"
+    if severity == "healthy":
+        return f"Every measure is within its target; {found}."
+    within = min(measure["act_within_h"] for measure in report["measures"] if measure["act_within_h"])
+    return f"{severity}: act within {within} h; {found}."
+
+
+def _say(text: str, lead: str = "") -> None:
+    """In lines of whole words on a terminal; in one line for a pipe."""
+    text = f"{lead}{show_text(text)}"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(
+            text, width, subsequent_indent="  " * bool(lead) + "  ", break_long_words=False, break_on_hyphens=False
+        )
+    print(text, flush=True)
+
+
+def _show_since(since_ts: int, now_ts: int) -> str:
+    """Only for how long matters: the server's clock may be another."""
+    seconds = max(0, now_ts - since_ts) / 1000
+    if seconds < 1:
+        return "just now"
+    return f"for {seconds:,.0f} s" if seconds < 120 else f"for {seconds / 60:,.0f} min"
 
 
 # This machine
@@ -114,58 +166,3 @@ def is_local(url: str) -> bool:
         return urlsplit(url).hostname in LOOPBACK
     except ValueError:
         return False
-
-
-def look_around(url: str, state_dir: Path | None, *, is_answering: bool) -> list[Finding]:
-    """Who holds the port, who works in the state directory, and what crashed servers left. Raises CommandFailed."""
-    settings = read_settings(state_dir=state_dir)
-    return [*_look_at_port(url, is_answering), *_look_at_directory(settings.state_dir)]
-
-
-def _look_at_port(url: str, is_answering: bool) -> list[Finding]:
-    try:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        return []
-    told = name_port_holder(port)
-    if is_answering:
-        return [Finding(f"Port {port} answers. {told}".rstrip(), "", False)]
-    if told:
-        advice = "If that is not meant: `kill` with its pid lets it stop in order. Or serve on another port."
-        return [Finding(f"Port {port} does not answer as it should. {told}", advice, True)]
-    return [
-        Finding(f"Nobody that this user may look at holds port {port}.", f"Start with: {name_command()} serve", True)
-    ]
-
-
-def _look_at_directory(state_dir: Path) -> list[Finding]:
-    lock = StateLock(state_dir / LOCK_NAME)
-    users = list_users(state_dir)
-    holder = lock.find_holder()
-    findings = [_describe_user(user, holder is not None and user.pid == holder.pid, state_dir) for user in users]
-    if lock.is_held() and not users:
-        who = "" if holder is None else f" (pid {holder.pid} by its own account)"
-        findings.append(Finding(f"{state_dir} is held by a process that cannot be looked into{who}.", "", False))
-    wal = state_dir / "journal.db-wal"
-    if not lock.is_held() and wal.is_file() and wal.stat().st_size:
-        findings.append(
-            Finding(
-                f"The last server on {state_dir} did not stop in order: its journal was not closed.",
-                f"Nothing that was accepted is lost. The next start goes on from there: {name_command()} serve",
-                True,
-            )
-        )
-    return findings
-
-
-def _describe_user(user: Process, is_holder: bool, state_dir: Path) -> Finding:
-    where = f", serving on {', '.join(user.urls)}" if user.urls else ""
-    what = f"pid {user.pid} works in {state_dir}{where}: {user.command}"
-    if is_holder:
-        return Finding(
-            what,
-            f"`kill {user.pid}` ends it in order; `{name_command()} serve --takeover` goes on in its place.",
-            False,
-        )
-    return Finding(what, f"It does not hold the lock, and is in the way of none but itself: kill {user.pid}", True)

@@ -7,6 +7,7 @@ nothing to read, nothing is said.
 import asyncio
 import contextlib
 import os
+import select
 import shlex
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from app.commands.environment import CommandFailed
+from app.core.settings import JOURNAL_NAME
 from app.log.lock import ADVICE, StateLock, describe
 
 PROC = Path("/proc")
@@ -46,17 +48,21 @@ def _describe_holder(lock: StateLock) -> str:
 
 def name_port_holder(port: int) -> str:
     """A sentence about the process that listens on a port; empty where the system does not tell."""
+    holder = find_port_holder(port)
+    if holder is None:
+        return ""
+    locks = [Path(link) for _, link in _list_files(holder.pid) if Path(link).name == LOCK_NAME]
+    kind = "".join(f", a Scanwire on {lock.parent}" for lock in locks if _holds(holder.pid, lock))
+    return f"It is held by pid {holder.pid} ({holder.command}){kind}."
+
+
+def find_port_holder(port: int) -> "Process | None":
+    """The process that listens on a port; None where the system does not tell."""
     inodes = {inode for inode, (_, listening) in _list_listeners().items() if listening == port}
     for pid in _list_pids() if inodes else ():
-        links = [link for _, link in _list_files(pid)]
-        if inodes.isdisjoint(map(_read_inode, links)):
-            continue
-        with contextlib.suppress(OSError):
-            words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-            locks = [Path(link) for link in links if Path(link).name == LOCK_NAME]
-            kind = "".join(f", a Scanwire on {lock.parent}" for lock in locks if _holds(pid, lock))
-            return f"It is held by pid {pid} ({shlex.join(words)[:_MAX_COMMAND]}){kind}."
-    return ""
+        if not inodes.isdisjoint(_read_inode(link) for _, link in _list_files(pid)):
+            return _describe_process(pid)
+    return None
 
 
 def _list_listeners() -> dict[int, tuple[str, int]]:
@@ -179,13 +185,15 @@ class Process(NamedTuple):
     """Another process of this user, as far as it matters here."""
 
     pid: int
+    started: int | None  # in ticks since the boot: with the pid, it is of no other process; None when it is gone
     command: str
     urls: list[str]  # where it listens
+    is_server: bool  # it is Scanwire's and this user's beyond doubt: see `_is_server`
 
 
 def list_users(state_dir: Path) -> list[Process]:
     """The processes that have a journal in this directory open, this one aside."""
-    journals = {str((state_dir / name).resolve()) for name in (LOCK_NAME, "journal.db")}
+    journals = {str((state_dir / name).resolve()) for name in (LOCK_NAME, JOURNAL_NAME)}
     return [
         _describe_process(pid)
         for pid in _list_pids()
@@ -193,8 +201,64 @@ def list_users(state_dir: Path) -> list[Process]:
     ]
 
 
+def is_open(path: Path) -> bool:
+    """Whether some process that may be looked into has this file open."""
+    name = str(path.resolve())
+    return any(link == name for pid in _list_pids() for _, link in _list_files(pid))
+
+
 def _describe_process(pid: int) -> Process:
     words: list[str] = []
     with contextlib.suppress(OSError):
         words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-    return Process(pid, shlex.join(words)[:_MAX_COMMAND], sorted(_find_urls(pid)))
+    command = shlex.join(words)[:_MAX_COMMAND]
+    return Process(pid, _read_start(pid), command, sorted(_find_urls(pid)), _is_server(pid))
+
+
+def _read_start(pid: int) -> int | None:
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[19])
+    return None
+
+
+def _is_server(pid: int) -> bool:
+    """Whether the kernel says so: it is this user's, and has a journal open together with that journal's lock, which it
+    holds, even if somebody has deleted the file since."""
+    folder = PROC / str(pid)
+    try:
+        if pid == os.getpid() or folder.stat().st_uid != os.geteuid():
+            return False
+        files = {descriptor: Path(link.removesuffix(" (deleted)")) for descriptor, link in _list_files(pid)}
+        return any(
+            path.name == LOCK_NAME
+            and path.with_name(JOURNAL_NAME) in files.values()
+            and "FLOCK" in (folder / "fdinfo" / descriptor).read_text()
+            for descriptor, path in files.items()
+        )
+    except OSError:
+        return False
+
+
+def end_server(process: Process, wait_s: float) -> bool:
+    """Whether a server has ended, within this time, after it was asked to by SIGTERM, as an orderly stop does.
+
+    Nothing stronger is ever sent. Raises CommandFailed, with nothing sent, when it is not beyond doubt that this is
+    still that process, and a server.
+    """
+    refusal = f"pid {process.pid} was not asked to end"
+    if not hasattr(os, "pidfd_open"):
+        raise CommandFailed(f"{refusal}: this system cannot tell a process from another with its number.")
+    try:
+        # Of the process, not of its number: that may be another's by the time it is looked at.
+        handle = os.pidfd_open(process.pid)
+    except OSError:
+        raise CommandFailed(f"{refusal}: it is gone already.") from None
+    try:
+        if process.started is None or _read_start(process.pid) != process.started or not _is_server(process.pid):
+            raise CommandFailed(f"{refusal}: it is not the Scanwire that was found any more.")
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+        return bool(select.select([handle], [], [], wait_s)[0])
+    except OSError as error:
+        raise CommandFailed(f"{refusal}: {error.strerror}.") from None
+    finally:
+        os.close(handle)

@@ -26,7 +26,7 @@ def check(
 ) -> None:
     """Check whether a running server is ready: limits, pushing, resuming, cancelling, answer times.
 
-    It submits a few scans of its own, waits as the limits say (about half a minute in all), and leaves nothing behind.
+    It submits a few scans of its own, waits as the limits say (about a minute in all), and leaves nothing behind.
     """
     from app.commands.check import Wanted, run_check
 
@@ -43,8 +43,14 @@ def doctor(
     api_key: Key = None,
     state_dir: Annotated[Path | None, typer.Option(help="Of the server, if it runs on this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="End servers that are in the way, and clear up after those that crashed.")
+    ] = False,
 ) -> None:
-    """Say what is wrong with a server, why, and what helps; on its own machine also who is in its way."""
+    """Say what is wrong with a server, why, and what helps; on its own machine also who is in its way.
+
+    On a terminal it asks before it changes anything; with --fix it does not ask. Servers are ended by SIGTERM.
+    """
     from app.commands.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(url, api_key or None, state_dir, as_json=as_json))
+    raise typer.Exit(run_doctor(url, api_key or None, state_dir, as_json=as_json, fixes=fix))

@@ -221,6 +221,8 @@ class Limits:
         self._streams: dict[str, int] = {}
         self._streams_in_all = 0
         self._refused: Counter[str] = Counter()
+        # What was charged since `take_charged`, beside reads, which are far too many to be counted one by one.
+        self._charged: Counter[tuple[str, str]] = Counter()
         # Header values that do not change are made once.
         self._declared = {name: policy.declared for name, policy in self._policies.items()}
         self._declared_raw = {name: (b"ratelimit-policy", text.encode()) for name, text in self._declared.items()}
@@ -254,12 +256,26 @@ class Limits:
         if not bucket.try_acquire(cost):
             self._refused[policy] += 1
             raise self._refusal(policy, client, bucket.retry_after_s(cost))
+        if policy != "read" and len(self._charged) < self._max_buckets:
+            self._charged[key] += 1
 
     def refund(self, policy: PolicyName, client: str, cost: float = 1) -> None:
         """Undoes a charge whose work was then refused for another reason, such as a full queue."""
         bucket = self._buckets.get((policy, client))
         if bucket is not None:
             bucket.give_back(cost)
+        if (policy, client) in self._charged:
+            self._charged[policy, client] -= 1
+
+    def take_charged(self) -> Counter[tuple[str, str]]:
+        """How often each policy but `read` was charged to each client since this was asked last."""
+        charged, self._charged = self._charged, Counter()
+        return charged
+
+    def find_most_streams(self) -> dict[str, int]:
+        """The client that has most streams open, and how many; empty when there are none."""
+        client = max(self._streams, key=self._streams.__getitem__, default=None)
+        return {} if client is None else {client: self._streams[client]}
 
     def retry_after_s(self, policy: PolicyName, client: str) -> float:
         """Seconds until one more unit may be charged; 0 when it may be now."""

@@ -38,6 +38,11 @@ class Pool:
     def busy(self) -> int:
         return self._calls.borrowed_tokens
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes that live."""
+        return [worker.pid for worker in self._alive]
+
     async def warm_up(self) -> None:
         """Starts all processes, so that the next call need not wait for one to load its libraries."""
         await asyncio.gather(*(self.call(os.getpid) for _ in range(self._size)))

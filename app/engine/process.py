@@ -71,6 +71,10 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             raise value
         return value
 
+    @property
+    def pid(self) -> int:
+        return self._transport.get_pid()
+
     def kill(self) -> None:
         """The process is about to end; `ended` says when it has."""
         with contextlib.suppress(ProcessLookupError):

@@ -370,3 +370,13 @@ def _put_rest(connection: sqlite3.Connection, write: Write) -> None:
             "INSERT INTO checkpoints VALUES (?, ?, ?, ?)",
             (scan.id, write.checkpoint.chunk, write.checkpoint.found, skipped),
         )
+
+
+def close_journal(path: Path) -> None:
+    """Brings a journal that nobody has open into the state that an orderly stop leaves, with all that was committed.
+
+    Its lock must be held. Raises sqlite3.Error.
+    """
+    where = f"{path.resolve().as_uri()}?mode=rw"  # never a new one
+    with closing(sqlite3.connect(where, uri=True, timeout=2, isolation_level=None)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from app.observe.diagnosis import WORST_FIRST, Diagnosis, Severity
+from app.observe.diagnosis import Diagnosis
+from app.observe.measures import WORST_FIRST, Severity
 
 
 class Change(StrEnum):
@@ -41,6 +42,11 @@ class Incidents:
     @property
     def open(self) -> list[Incident]:
         return [incident for incident in self._known.values() if incident.is_open]
+
+    def find_since(self, subject: str, now: float) -> float:
+        """When a look first saw it; `now` when none has yet."""
+        known = self._known.get(subject)
+        return now if known is None else known.since
 
     def step(self, now: float, diagnosis: Diagnosis) -> list[Told]:
         """Takes in one look, and gives what is news."""

@@ -16,8 +16,9 @@ from app.core.settings import Settings
 from app.engine.admission import Admission
 from app.engine.limits import Limits
 from app.engine.sessions import Sessions
-from app.observe.diagnosis import Diagnosis, Severity, diagnose
+from app.observe.diagnosis import Diagnosis, diagnose
 from app.observe.incidents import Emergency, Incident, Incidents
+from app.observe.measures import Severity
 from app.observe.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ class Lookout:
 
     def diagnose(self) -> Diagnosis:
         """As of now."""
-        settings = self._settings
-        return diagnose(self._tally.read(settings.read_per_s), settings)
+        return diagnose(self._tally.read(), self._settings)
 
     def look(self) -> None:
         self._tally.sample()
@@ -93,10 +93,13 @@ class Lookout:
 
     def report(self) -> dict[str, Any]:
         """The diagnosis, what is open of incidents, and whether there is an emergency."""
+        told = self.diagnose().to_json()
+        for cause in told["causes"]:
+            cause["since_ts"] = self._to_ts(self._incidents.find_since(cause["name"], self._clock()))
         return {
             "ts": self._now_ms(),
             "window_s": self._settings.diagnosis_window_s,
-            **self.diagnose().to_json(),
+            **told,
             "incidents": [self._describe(incident) for incident in self._incidents.open],
             "emergency": self.describe_emergency(),
         }

@@ -1,14 +1,16 @@
 """What the service measures of itself, for Prometheus and for /v1/performance."""
 
 import asyncio
+import os
+import resource
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from app.core.scan import State
@@ -17,14 +19,16 @@ from app.engine.reaper import KINDS, Reaper
 from app.engine.runner import Runner
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
-from app.observe.diagnosis import Severity
 from app.observe.incidents import Change
 from app.observe.lookout import Lookout
+from app.observe.measures import Severity
+from app.observe.tally import read_memory
 from app.observe.watchdog import Watchdog
 from app.push.hub import Hub
 
 LAG_EVERY_S = 0.05
 TRANSPORTS = ("event-stream", "x-ndjson", "websocket", "long-poll", "poll")
+_OPEN_FILES = "/proc/self/fd"
 _KEPT = 2048  # of the latest lags, for quantiles
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
@@ -53,7 +57,8 @@ class Metrics:
         self._loop_lags: deque[float] = deque(maxlen=_KEPT)
         self._legacy_calls = Counter(dict.fromkeys(legacy_routes, 0))
         self._legacy_answers: deque[float] = deque(maxlen=_KEPT)
-        ProcessCollector(registry=self.registry)
+        self._process = _Process()
+        self.registry.register(self._process)
 
     def note_push_lag(self, lag_s: float) -> None:
         """From the making of a durable event to its being handed to the last transport that waited for it."""
@@ -88,8 +93,9 @@ class Metrics:
         """Median, 99th percentile and maximum of the latest lags, in milliseconds."""
         return {"loop_lag_ms": _quantiles(self._loop_lags), "push_lag_ms": _quantiles(self._push_lags)}
 
-    def render(self) -> bytes:
+    async def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        self._process.open_fds = await count_open_files()
         return generate_latest(self.registry)
 
     def watch_incidents(self, lookout: Lookout) -> None:
@@ -118,6 +124,44 @@ def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
         name: round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1000, 3)
         for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
     }
+
+
+async def count_open_files(folder: str = _OPEN_FILES) -> int | None:
+    """The descriptors of this process; None where the system does not tell.
+
+    Since Linux 6.2 the size of the directory is their number. Before, all are listed: in a thread, since with thousands
+    of connections that holds up the loop for as long as a flush.
+    """
+    try:
+        return os.stat(folder).st_size or len(await asyncio.to_thread(os.listdir, folder))
+    except OSError:
+        return None
+
+
+class _Process(Collector):
+    """What Prometheus expects of any process, under the names that it has for that."""
+
+    def __init__(self) -> None:
+        self.open_fds: int | None = None
+        try:
+            ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+            boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+            self._started_s: float | None = int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError, StopIteration):
+            self._started_s = None
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time", value=time.process_time())
+        gauges = (
+            ("virtual_memory_bytes", "Virtual memory", read_memory(column=0)),
+            ("resident_memory_bytes", "Resident memory", read_memory()),
+            ("start_time_seconds", "Start of the process, since 1970", self._started_s),
+            ("open_fds", "Open file descriptors", self.open_fds),
+            ("max_fds", "File descriptors that may be open", resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        )
+        for name, text, value in gauges:
+            if value is not None:
+                yield GaugeMetricFamily(f"process_{name}", text, value=value)
 
 
 class _Parts(Collector):

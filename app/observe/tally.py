@@ -18,23 +18,37 @@ CLIENTS_KEPT = 50  # of each kind, in one interval
 INTERVALS_KEPT = 4000
 OTHERS = "others"  # who are not counted one by one
 _CHUNK = "chunk of "
+_CHARGED = "charged to "
 _random = Random().random  # of its own: nobody's seed is touched
-_STATM = Path("/proc/self/statm")
 
 
 class State(NamedTuple):
     """The gauges and counters of one moment. Counters count from the start."""
 
     memory_bytes: int = 0
+    workers_bytes: int = 0
     cpu_s: float = 0.0
     running: int = 0
     slots: int = 1
     queued: int = 0
     streams: int = 0
-    behind: int = 0  # streams whose peers do not take what is written
+    behind: Mapping[str, int] = {}  # streams whose peers do not take what is written, by client
+    most_streams: Mapping[str, int] = {}  # the client that has most streams open, and their number
     pushed: int = 0
     refused: Mapping[str, int] = {}  # by limit
     blocks: int = 0  # times that the event loop was found blocked
+
+
+class Memory(NamedTuple):
+    """What is resident of the server and its workers, at a time in seconds."""
+
+    at: float
+    server_bytes: int
+    workers_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.server_bytes + self.workers_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +66,11 @@ class Numbers:
     polls: Mapping[str, int] = field(default_factory=dict)  # by client, hashed
     early: Mapping[str, int] = field(default_factory=dict)  # polls before the time that the client was told
     connects: Mapping[str, int] = field(default_factory=dict)  # streams opened, by client
-    states: Sequence[State] = ()  # oldest first
+    charged: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by limit, by client; reads are the polls
+    states: Sequence[State] = ()  # oldest first; clients hashed
     base: State = field(default_factory=State)  # at the beginning of the window
-    memory_bytes: Sequence[tuple[float, int]] = ()  # seconds, bytes; over the last `memory_window_s`
+    memory: Sequence[Memory] = ()  # over the last `memory_window_s`
     memory_window_s: float = 0.0
-    read_per_s: float = 5.0  # that the limit lets one client in with
 
     def rise(self, name: str) -> int:
         """By how much a counter of State rose."""
@@ -91,19 +105,25 @@ class Interval:
         elif (place := int(_random() * self.seen[kind])) < VALUES_KEPT:
             values[place] = value
 
-    def count(self, kind: str, client: str) -> None:
+    def count(self, kind: str, client: str, times: int = 1) -> None:
         counts = self.counts.get(kind)
         if counts is None:
             counts = self.counts[kind] = Counter()
-        counts[client] += 1
+        counts[client] += times
 
     def close(self) -> None:
-        """Lets go of all clients but those who did most; what the others did is kept as one sum."""
+        """Lets go of all clients but those who did most."""
         for kind, counts in self.counts.items():
-            if len(counts) > CLIENTS_KEPT:
-                most = Counter(dict(counts.most_common(CLIENTS_KEPT)))
-                most[OTHERS] = counts.total() - most.total()
-                self.counts[kind] = most
+            self.counts[kind] = keep_most(counts)
+
+
+def keep_most(counts: Counter[str]) -> Counter[str]:
+    """By client; what those beyond CLIENTS_KEPT did is one sum."""
+    if len(counts) <= CLIENTS_KEPT:
+        return counts
+    most = Counter(dict(counts.most_common(CLIENTS_KEPT)))
+    most[OTHERS] = counts.total() - most.total()
+    return most
 
 
 class Tally:
@@ -127,7 +147,9 @@ class Tally:
         self._open = Interval()
         self._base = read_state()
         self._closed: deque[tuple[float, Interval, State]] = deque(maxlen=INTERVALS_KEPT)
-        self._memory: deque[tuple[float, int]] = deque(maxlen=INTERVALS_KEPT)
+        self._memory: deque[Memory] = deque(maxlen=INTERVALS_KEPT)
+        # What was charged since it was asked last, by limit and client.
+        self.take_charged: Callable[[], Mapping[tuple[str, str], int]] = dict
 
     def note_answer(self, seconds: float) -> None:
         self._open.note("answer", seconds)
@@ -157,18 +179,23 @@ class Tally:
         """Takes the state of this moment; a new interval begins."""
         now, state = self._clock(), self._read_state()
         interval, self._open = self._open, Interval()
+        for (limit, client), count in self.take_charged().items():
+            interval.count(f"{_CHARGED}{limit}", client, count)
         interval.close()
+        state = state._replace(
+            behind=self._hash(keep_most(Counter(state.behind))), most_streams=self._hash(state.most_streams)
+        )
         self._closed.append((now, interval, state))
-        self._memory.append((now, state.memory_bytes))
+        self._memory.append(Memory(now, state.memory_bytes, state.workers_bytes))
         while self._closed[0][0] < now - self._window_s:
             _, _, self._base = self._closed.popleft()
-        while self._memory[0][0] < now - self._memory_window_s:
+        while self._memory[0].at < now - self._memory_window_s:
             self._memory.popleft()
 
     def hash_client(self, client: str) -> str:
         return hashlib.blake2b(client.encode(), key=self._salt, digest_size=6).hexdigest()
 
-    def read(self, read_per_s: float) -> Numbers:
+    def read(self) -> Numbers:
         """The numbers of the window that ends now."""
         values: dict[str, list[float]] = {}
         seen: Counter[str] = Counter()
@@ -192,21 +219,24 @@ class Tally:
             polls=hashed.get("poll", {}),
             early=hashed.get("early", {}),
             connects=hashed.get("connect", {}),
+            charged={kind.removeprefix(_CHARGED): by for kind, by in hashed.items() if kind.startswith(_CHARGED)},
             states=[state for _, _, state in self._closed],
             base=self._base,
-            memory_bytes=list(self._memory),
+            memory=list(self._memory),
             memory_window_s=self._memory_window_s,
-            read_per_s=read_per_s,
         )
 
     def _hash(self, by_client: Mapping[str, int]) -> dict[str, int]:
         return {client if client == OTHERS else self.hash_client(client): count for client, count in by_client.items()}
 
 
-def read_memory() -> int:
-    """Resident memory of this process in bytes; 0 where the system does not tell."""
+def read_memory(pid: int | str = "self", column: int = 1) -> int:
+    """Resident memory of a process in bytes, of this one when none is named; 0 where the system does not tell.
+
+    Column 0 has its virtual memory.
+    """
     try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 

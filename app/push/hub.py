@@ -159,9 +159,9 @@ class Hub:
         self._connect(subscriber)
         return subscriber
 
-    def push(self, wire: Wire, framing: Framing, *, ends: bool) -> Pusher:
-        """A subscriber that is written to. Leaving its block takes it out of every channel."""
-        subscriber = Pusher(self._log, wire, framing, self._leave, ends=ends)
+    def push(self, wire: Wire, framing: Framing, *, ends: bool, client: str = "") -> Pusher:
+        """A subscriber that is written to, for a client. Leaving its block takes it out of every channel."""
+        subscriber = Pusher(self._log, wire, framing, self._leave, ends=ends, client=client)
         next(self._spokes).add(subscriber)
         self._connect(subscriber)
         return subscriber
@@ -206,9 +206,9 @@ class Hub:
                 for subscriber in list(spoke):
                     subscriber.beat()
 
-    def count_behind(self) -> int:
-        """Subscribers whose transports hold more than they should."""
-        return sum(isinstance(one, Pusher) and not one.wire.is_ready for one in self._subscribers)
+    def count_behind(self) -> Counter[str]:
+        """Subscribers whose transports hold more than they should, by client."""
+        return Counter(one.client for one in self._subscribers if isinstance(one, Pusher) and not one.wire.is_ready)
 
     def statistics(self) -> HubStatistics:
         subscribers, pushed = Counter[str](), self._pushed.copy()

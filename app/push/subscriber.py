@@ -69,9 +69,17 @@ class Pusher(Subscriber):
     """
 
     def __init__(
-        self, log: EventLog, wire: Wire, framing: Framing, left: Callable[["Pusher"], None], *, ends: bool
+        self,
+        log: EventLog,
+        wire: Wire,
+        framing: Framing,
+        left: Callable[["Pusher"], None],
+        *,
+        ends: bool,
+        client: str = "",
     ) -> None:
         super().__init__(log, framing.name, left)
+        self.client = client
         self.wire = wire
         self.framing = framing
         self.only: Watch | None = None  # what it watches, if that is one scan
