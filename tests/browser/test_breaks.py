@@ -19,7 +19,6 @@ from tests.browser.pages import (
     Producer,
     Relay,
     fetch,
-    launch,
     profile,
     read_table,
     wait_for_rows,
@@ -44,12 +43,6 @@ OBSERVE = """() => {
   observe("longtask", (globalThis.tasks = []), (entry) => entry.duration);
   observe("layout-shift", (globalThis.shifts = []), (entry) => entry.value);
 }"""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with launch() as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

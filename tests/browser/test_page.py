@@ -14,7 +14,7 @@ from playwright.async_api import Browser, Page, expect
 
 from app.core.settings import hash_key
 from app.market.store import write_store
-from tests.browser.pages import Producer, launch, profile, read_table, wait_for_rows, wait_for_state
+from tests.browser.pages import Producer, profile, read_table, wait_for_rows, wait_for_state
 from tests.conftest import Gate
 from tests.serving import Serving, serve
 
@@ -31,24 +31,12 @@ SCROLL_AND_LOOK = """async (top) => {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with launch() as browser:
-        yield browser
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(
     browser: Browser, trial_scanners: None, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
     state = tmp_path_factory.mktemp("state")
     async with serve(state, synthetic_prices, chunk_rows=2000, workers=1, max_running=2) as serving:
         yield serving
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    async with profile(browser) as context:
-        yield await context.new_page()
 
 
 async def start(page: Page, serving: Serving, scanner: str, **values: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
-from tests.browser.pages import Producer, launch, profile, read_table, wait_for_rows, wait_for_state
+from tests.browser.pages import Producer, read_table, wait_for_rows, wait_for_state
 from tests.serving import Serving, serve
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("trial_scanners")]
@@ -26,24 +26,12 @@ CUT_OFF = """() => [...document.querySelectorAll("#stats dt, #stats dd")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with launch() as browser:
-        yield browser
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(
     browser: Browser, trial_scanners: None, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
     state = tmp_path_factory.mktemp("state")
     async with serve(state, synthetic_prices, chunk_rows=2000, workers=1, max_running=1) as serving:
         yield serving
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    async with profile(browser) as context:
-        yield await context.new_page()
 
 
 async def tab_to(page: Page, selector: str) -> None:
