@@ -81,12 +81,8 @@ class Hub:
         if self._is_scheduled or not self._dirty:
             return
         self._is_scheduled = True
-        loop = asyncio.get_running_loop()
         wait_s = max(self._rests_until - time.monotonic(), self._batch_s)
-        if wait_s > 0:
-            loop.call_later(wait_s, self._flush)
-        else:
-            loop.call_soon(self._flush)
+        asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
         """One slice of a flush; the next one follows when the rest of the loop has had its turn."""

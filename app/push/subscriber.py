@@ -69,14 +69,7 @@ class Pusher(Subscriber):
     """
 
     def __init__(
-        self,
-        log: EventLog,
-        wire: Wire,
-        framing: Framing,
-        left: Callable[["Pusher"], None],
-        *,
-        ends: bool,
-        client: str = "",
+        self, log: EventLog, wire: Wire, framing: Framing, left: Callable[[Any], None], *, ends: bool, client: str = ""
     ) -> None:
         super().__init__(log, framing.name, left)
         self.client = client
