@@ -248,15 +248,15 @@ async def test_a_server_that_needs_a_whole_core_is_found(tmp_path: Path, sample_
 
 async def test_slow_answers_are_measured(tmp_path: Path, sample_prices: Path) -> None:
     def wait(app: Any) -> Any:
-        inner = app.app
+        timing = app.app._otherwise
+        inner = timing.app
 
         async def serve_slowly(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] == "http" and scope["path"] == "/v1/scanners":
                 await asyncio.sleep(0.2)  # the fault itself
             await inner(scope, receive, send)
 
-        app.app = serve_slowly
-        serve_slowly.app = inner  # type: ignore[attr-defined]
+        timing.app = serve_slowly
         return app
 
     async with serve(tmp_path, sample_prices, wrap=wait, target_answer_s=0.04, **QUICK) as serving:
