@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TABS = 12
 KILLS = 5
-MOST_MS = 2000  # that a leader who is gone costs the others
-# When the title says so; it is written as an event comes, in a hidden tab as well.
+# Until the title says so; it is written as an event comes, in a hidden tab as well.
 WAIT_FOR_TITLE = """(start) => new Promise((resolve) => {
-  const look = () => document.title.startsWith(start) && resolve(Date.now());
+  const look = () => document.title.startsWith(start) && resolve();
   new MutationObserver(look).observe(document.querySelector("title"), { childList: true });
   look();
 })"""
@@ -108,11 +106,11 @@ def write_share(producer: Producer) -> str:
     return f"({producer.sent // 10} %) "
 
 
-async def wait_for_share(page: Page, producer: Producer) -> int:
-    """When a tab was told of all that was sent so far, in milliseconds since 1970."""
+async def wait_for_share(page: Page, producer: Producer) -> None:
+    """Until a tab was told of all that was sent so far. How long a leader who is gone may cost the others is tested in
+    time that is made up, by tests/node/sharing.test.mjs."""
     async with asyncio.timeout(20):
-        told_ms: int = await page.evaluate(WAIT_FOR_TITLE, write_share(producer))
-        return told_ms
+        await page.evaluate(WAIT_FOR_TITLE, write_share(producer))
 
 
 async def wait_for_streams(http: httpx.AsyncClient, count: int) -> None:
@@ -146,13 +144,18 @@ async def find_leader(tabs: list[Page]) -> Page:
                     return tab
 
 
-async def list_renderers(browser: BrowserContext, thread: str) -> list[int]:
-    """The processes of this browser with a thread of this name."""
+async def find_renderer(browser: BrowserContext, thread: str) -> int:
+    """The one process of this browser with a thread of this name, which may be about to start."""
     assert browser.browser is not None
     session = await browser.browser.new_browser_cdp_session()
-    processes = (await session.send("SystemInfo.getProcessInfo"))["processInfo"]
-    await session.detach()
-    return [one["id"] for one in processes if one["type"] == "renderer" and thread in read_threads(one["id"])]
+    async with asyncio.timeout(20):
+        while True:
+            processes = (await session.send("SystemInfo.getProcessInfo"))["processInfo"]
+            renderers = [int(one["id"]) for one in processes if one["type"] == "renderer"]
+            if found := [pid for pid in renderers if thread in read_threads(pid)]:
+                await session.detach()
+                (pid,) = found
+                return pid
 
 
 def read_threads(pid: int) -> set[str]:
@@ -161,7 +164,7 @@ def read_threads(pid: int) -> set[str]:
 
 async def kill_worker(browser: BrowserContext, tabs: list[Page]) -> None:
     """The process that the SharedWorker runs in dies, and with it the tab that it belongs to."""
-    (pid,) = await list_renderers(browser, "SharedWorker th")
+    pid = await find_renderer(browser, "SharedWorker th")
     os.kill(pid, signal.SIGKILL)
 
 
@@ -186,17 +189,13 @@ async def test_twelve_tabs_have_one_connection_and_lose_nothing_when_their_leade
         crashed: asyncio.Queue[Page] = asyncio.Queue()
         for tab in tabs:
             tab.on("crash", lambda tab: crashed.put_nowait(tab))
-        took = []
         for _ in range(KILLS):
             await producer.post_rows(10)
-            began_ms = time.time() * 1000
             await kill(browser, alive)
             alive.remove(await crashed.get())
             await producer.post_rows(10)
-            told = await asyncio.gather(*(wait_for_share(tab, producer) for tab in alive))
-            took.append(max(told) - began_ms)
+            await asyncio.gather(*(wait_for_share(tab, producer) for tab in alive))
             await wait_for_streams(serving.http, 1)
-        assert sorted(took)[KILLS // 2] < MOST_MS, took  # a machine may be busy for once
         # One that is closed costs no more.
         closing = await find_leader(alive) if shares == "leader" else alive[0]
         alive.remove(closing)
@@ -240,13 +239,11 @@ async def test_a_tab_that_is_frozen_costs_the_others_nothing_and_has_everything_
         await frozen.evaluate(NOTE_LIFE)
         session = await browser.new_cdp_session(frozen)
         await session.send("Page.setWebLifecycleState", {"state": "frozen"})
-        began_ms = time.time() * 1000
         ticks = await look(session, "ticks")
         for _ in range(5):
             await producer.post_rows(20)
-            told = [await wait_for_share(tab, producer) for tab in others]
-            if producer.sent == 120:
-                assert max(told) - began_ms < MOST_MS
+            for tab in others:
+                await wait_for_share(tab, producer)
         assert await look(session, "ticks") == ticks
         assert await look(session, "life.join()") == "freeze"
         assert await look(session, "document.title.slice(0, 6)") == "(10 %)"
@@ -266,16 +263,13 @@ async def test_a_leader_that_stops_without_a_word_is_replaced_and_steps_back_whe
         await others[0].bring_to_front()
         # A thread of its own tells its process from the others.
         await leader.evaluate("() => void new Worker('/static/scanwire/ladder.js', { type: 'module' })")
-        (pid,) = await list_renderers(browser, "DedicatedWorker")
+        pid = await find_renderer(browser, "DedicatedWorker")
         os.kill(pid, signal.SIGSTOP)
         try:
-            began_ms = time.time() * 1000
-            await producer.post_rows(20)
-            told = [await wait_for_share(tab, producer) for tab in others]
-            assert max(told) - began_ms < MOST_MS
-            await producer.post_rows(20)
-            for tab in others:
-                await wait_for_share(tab, producer)
+            for _ in range(2):
+                await producer.post_rows(20)
+                for tab in others:
+                    await wait_for_share(tab, producer)
         finally:
             os.kill(pid, signal.SIGCONT)
         await wait_for_share(leader, producer)
@@ -303,10 +297,8 @@ async def test_a_page_that_is_left_is_kept_and_has_everything_when_one_comes_bac
         await left.evaluate(NOTE_LIFE)
         session = await browser.new_cdp_session(left)
         await left.goto(f"{serving.url}/openapi.json")
-        began_ms = time.time() * 1000
         await producer.post_rows(20)
-        took = await wait_for_share(other, producer) - began_ms
-        assert took < MOST_MS
+        await wait_for_share(other, producer)
         await look(session, "history.back(), 0")
         await left.wait_for_url("**/scans/*", wait_until="commit")
         await wait_for_rows(left, producer.sent)
