@@ -73,7 +73,7 @@ async def test_a_scan_from_the_form_to_its_rows_a_chart_an_export_and_a_second_r
     await wait_for_rows(page, 96)
     await expect(page.locator("#scan-synthetic")).to_be_visible()
     await expect(page).to_have_title(re.compile(r"^\(9\d %\) trial-gated$"))
-    assert await page.get_attribute("#progress", "aria-valuenow") == "96"
+    await expect(page.locator("#progress")).to_have_attribute("aria-valuenow", "96")
     await page.reload()
     await wait_for_rows(page, 96)
     await expect(page.locator("#stat-matches")).to_have_text("96")
