@@ -146,22 +146,32 @@ async def find_leader(tabs: list[Page]) -> Page:
                     return tab
 
 
-async def list_renderers(browser: BrowserContext, thread: str) -> list[int]:
-    """The processes of this browser with a thread of this name."""
+async def find_renderer(browser: BrowserContext, thread: str) -> int:
+    """The process of this browser that has a thread of this name, once there is one."""
     assert browser.browser is not None
     session = await browser.browser.new_browser_cdp_session()
-    processes = (await session.send("SystemInfo.getProcessInfo"))["processInfo"]
-    await session.detach()
-    return [one["id"] for one in processes if one["type"] == "renderer" and thread in read_threads(one["id"])]
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                for process in (await session.send("SystemInfo.getProcessInfo"))["processInfo"]:
+                    if process["type"] == "renderer" and thread in read_threads(process["id"]):
+                        pid: int = process["id"]
+                        return pid
+    finally:
+        await session.detach()
 
 
 def read_threads(pid: int) -> set[str]:
-    return {path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")}
+    names: set[str] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.add(path.read_text().strip())
+    return names
 
 
 async def kill_worker(browser: BrowserContext, tabs: list[Page]) -> None:
     """The process that the SharedWorker runs in dies, and with it the tab that it belongs to."""
-    (pid,) = await list_renderers(browser, "SharedWorker th")
+    pid = await find_renderer(browser, "SharedWorker th")
     os.kill(pid, signal.SIGKILL)
 
 
@@ -265,8 +275,10 @@ async def test_a_leader_that_stops_without_a_word_is_replaced_and_steps_back_whe
         others = [tab for tab in tabs if tab is not leader]
         await others[0].bring_to_front()
         # A thread of its own tells its process from the others.
-        await leader.evaluate("() => void new Worker('/static/scanwire/ladder.js', { type: 'module' })")
-        (pid,) = await list_renderers(browser, "DedicatedWorker")
+        await leader.evaluate(
+            "() => void (globalThis.own = new Worker('/static/scanwire/ladder.js', { type: 'module' }))"
+        )
+        pid = await find_renderer(browser, "DedicatedWorker")
         os.kill(pid, signal.SIGSTOP)
         try:
             began_ms = time.time() * 1000
