@@ -313,6 +313,7 @@ def add_security_headers(send: Send) -> Send:
     """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for. A 304 has no type, and what
     a browser has kept should keep its fields."""
 
+    # A 304 has no type, and a browser takes its fields for those of what it has kept: they stay.
     async def send_secured(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] != 304:
             headers = message.get("headers", ())
