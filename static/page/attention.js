@@ -14,7 +14,8 @@ const COLOURS = { completed: "#2f9e62", failed: "#d64545", lost: "#d64545", canc
  * @param {number | null} share of the work that is done; null when there is nothing to say
  */
 export function showTitle(name, share) {
-  const title = share === null ? `${name} · Scanwire` : `(${Math.floor(share * 100)} %) ${name}`;
+  // Most shares are no exact numbers: 0.29 * 100 is a little less than 29.
+  const title = share === null ? `${name} · Scanwire` : `(${Math.floor(share * 100 + 1e-9)} %) ${name}`;
   if (document.title !== title) document.title = title;
 }
 
