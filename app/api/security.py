@@ -310,8 +310,7 @@ def protect(
 
 
 def add_security_headers(send: Send) -> Send:
-    """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for. A 304 has no type, and what
-    a browser has kept should keep its fields."""
+    """A `send` that puts DATA_HEADERS or PAGE_HEADERS on the answer, as its type asks for."""
 
     # A 304 has no type, and a browser takes its fields for those of what it has kept: they stay.
     async def send_secured(message: Message) -> None:
