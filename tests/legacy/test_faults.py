@@ -48,7 +48,7 @@ async def test_fault_2_the_last_day_of_a_range_is_in_it(serving: Serving, oracle
 
 async def test_fault_3_a_slot_is_given_back_on_every_path(tmp_path: Path, sample_prices: Path) -> None:
     """Completed, failed, cancelled, and a client that left: after each, the one slot and all places are free."""
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1, chunk_rows=500, scan_deadline_s=1) as serving:
+    async with serve(tmp_path, sample_prices, workers=1, max_running=1, chunk_rows=500) as serving:
         service = serving.service
 
         async def expect_free() -> None:
