@@ -11,7 +11,7 @@ from websockets.asyncio.client import connect
 
 from app.checks.course import SOON_S, Course
 from app.checks.limits import SUBMITS_MAX
-from app.checks.probe import NotApplicable, Probe, fail, read_limit
+from app.checks.probe import NotApplicable, Probe, fail, read_limit, show_seconds
 from app.checks.requests import time_answers
 from app.core.event import EventType
 from app.follow import read_refusal
@@ -135,9 +135,13 @@ async def check_rate_limit(course: Course) -> str:
     quota, left = (2, 2) if declared is None else (declared[0], declared[2])
     if left > SUBMITS_MAX:
         raise NotApplicable(f"{quota:,} at once are too many to reach the limit politely")
-    number = 1
+    number, began = 1, probe.clock()
     while answer.status_code != 429:
         if number > max(quota, 2):
+            if declared is not None and (took_s := probe.clock() - began) > declared[1] / quota:
+                raise NotApplicable(
+                    f"{number} posts took {show_seconds(took_s)}, in which the limit lets in another one"
+                )
             fail(f"{number} posts one after another, and none was refused; the limit is said to be {quota}")
         answer = await probe.http.post(path, json=body)
         number += 1
