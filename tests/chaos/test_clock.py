@@ -118,6 +118,7 @@ def test_the_wall_clock_is_read_where_nothing_else_will_do_and_nowhere_else() ->
     assert found == {
         "app/application.py": 1,  # once at the start: what time it is
         "app/commands/journal.py": 2,  # the date of a salvage, by which files are named
+        "app/commands/surroundings.py": 1,  # how old a file is, which the file system tells by it
         "app/commands/listings.py": 1,  # when a scan was made, shown in local time
         "app/follow.py": 1,  # a date in Retry-After
         "app/observe/webhook.py": 1,  # when it was signed, for who receives it
