@@ -55,6 +55,7 @@ async def test_fault_3_a_slot_is_given_back_on_every_path(tmp_path: Path, sample
         service = serving.service
 
         async def expect_free() -> None:
+            await until(lambda: all(scan.state.is_terminal for scan in service.log.list_scans()))
             await until(lambda: service.runner.active == 0 and service.limits.statistics().streams == 0)
             await until(lambda: service.hub.statistics().subscribers == {})
 
@@ -68,13 +69,14 @@ async def test_fault_3_a_slot_is_given_back_on_every_path(tmp_path: Path, sample
         worker = await service.runner.pool.call(os.getpid)
         os.kill(worker, signal.SIGSTOP)  # else the scan may come to its end before it is cancelled
         cancelled = asyncio.create_task(serving.http.post("/api/scan/execute", json={"start_date": "2001-01-02"}))
-        await until(lambda: next(service.log.list_scans()).state is State.RUNNING)
+        await until(lambda: len(list(service.log.list_scans())) == 3)
         newest = next(service.log.list_scans()).id
+        await until(lambda: service.log.get(newest).state is State.RUNNING)
         cancelling = asyncio.create_task(serving.http.delete(f"/v1/scans/{newest}"))
         await until(lambda: service.log.get(newest).state is not State.RUNNING)
         with contextlib.suppress(ProcessLookupError):  # it was ended, since it did not let go of the scan
             os.kill(worker, signal.SIGCONT)
-        assert (await cancelling).status_code == 200
+        assert (await cancelling).status_code == 202
         assert (await cancelled).status_code == 500
         await expect_free()
         assert (await execute(serving, start_date="2002-01-02"))["total_found"] > 0
