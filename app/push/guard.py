@@ -207,6 +207,11 @@ class HttpGuard(Guard, HttpToolsProtocol):
             self._is_in_head = True
             self._expect(settings.head_wait_s)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.cycle is not None:  # now: to write to it before its turn comes would be an error
+            self.cycle.disconnected = True
+        super().connection_lost(exc)
+
     def end_connection(self, exc: Exception | None) -> None:
         self._expect(None)
         self._unset_keepalive_if_required()  # which uvicorn does for orderly ends alone

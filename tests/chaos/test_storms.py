@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,23 @@ async def test_who_posts_and_leaves_at_once_is_heard_all_the_same(tmp_path: Path
             peer._socket.send((head + body).encode())
             peer._socket.close()
         await until(lambda: serving.service.log.get(scan["id"]).matches == len(peers))
+
+
+async def test_nothing_is_written_to_a_peer_that_is_gone_and_waits_for_its_turn(
+    tmp_path: Path, sample_prices: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[Callable[[], None]] = []
+    async with serve(tmp_path, sample_prices, workers=1) as serving, meet(serving.url) as peer:
+        await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
+        await peer.ask("/v1/scans/s_a/events", SSE)
+        await peer.read_until(b'"started"')
+        (subscriber,) = serving.service.hub._subscribers
+        connection = subscriber.wire  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(Turns, "take", lambda self, work: waiting.append(work))
+            peer.reset()
+            await until(lambda: waiting)
+            await connection._send({"type": "http.response.body", "body": b""})  # which a closed transport would refuse
+        for work in waiting:
+            work()
+        await until(lambda: not any(count_held(serving)))
