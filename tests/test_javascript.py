@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests" / "node").glob("*.test.mjs"))
 # Where npm packages are kept between runs.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scanwire-test"
 DENO = shutil.which("deno", path=str(Path(sys.executable).parent)) or shutil.which("deno")
-DENO_TESTS = [path for path in TESTS if path.name.partition(".")[0] in ("client", "eventstream", "scripted")]
+DENO_TESTS = [path for path in TESTS if path.name.partition(".")[0] in ("client", "eventstream")]
 NODE_MIN = (20, 18)  # with both flags; from 22 on WebSocket needs none
 NODE_FLAGS = ("--experimental-websocket", "--experimental-eventsource", "--no-warnings")
 MAX_SCRIPT_BYTES = 100_000
