@@ -208,22 +208,22 @@ async def test_detached_scans_are_listed_and_watched_together(serving: Serving) 
     assert ids[0] in (await run("list", "--url", serving.url)).out
 
 
+def read_screen(terminal: int) -> str:
+    """What was written to a terminal, of which this is our side, until the other one is closed; ours is then, too."""
+    screen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while piece := os.read(terminal, 65536):
+            screen += piece
+    os.close(terminal)
+    return screen.decode()
+
+
 async def test_on_a_terminal_the_scan_is_drawn_in_place(serving: Serving) -> None:
     ours, theirs = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "SCANWIRE_URL": serving.url}
     process = await start("scan", "gap-up", *RELAXED, env=environment, out=theirs)
     os.close(theirs)
-
-    def read_screen() -> bytes:
-        screen = b""
-        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
-            while piece := os.read(ours, 65536):
-                screen += piece
-        return screen
-
-    screen, ended = await asyncio.gather(asyncio.to_thread(read_screen), finish(process))
-    os.close(ours)
-    text = screen.decode()
+    text, ended = await asyncio.gather(asyncio.to_thread(read_screen, ours), finish(process))
     assert ended == (0, "", ended.err)
     assert "the newest" in text
     assert "5/5 symbols" in text

@@ -19,7 +19,7 @@ from app.commands.environment import CommandFailed
 from app.commands.holder import end_server, find_port_holder, list_users
 from app.log.lock import StateLock
 from tests.conftest import until
-from tests.test_cli import find_port, finish, read_until, run, start
+from tests.test_cli import find_port, finish, read_screen, read_until, run, start
 
 pytestmark = pytest.mark.usefixtures("trial_scanners")
 
@@ -45,17 +45,8 @@ class Server:
         os.write(ours, f"{answer}\n".encode() * 3)
         process = await start(*(words or self.doctor), out=theirs, given=theirs, env={"TERM": "dumb", "COLUMNS": "200"})
         os.close(theirs)
-
-        def read_screen() -> bytes:
-            screen = b""
-            with contextlib.suppress(OSError):  # how Linux says that the other side is closed
-                while piece := os.read(ours, 65536):
-                    screen += piece
-            return screen
-
-        screen, _ = await asyncio.gather(asyncio.to_thread(read_screen), finish(process))
-        os.close(ours)
-        return screen.decode()
+        screen, _ = await asyncio.gather(asyncio.to_thread(read_screen, ours), finish(process))
+        return screen
 
 
 @contextlib.asynccontextmanager

@@ -37,6 +37,16 @@ _READ_TABLE = """async () => {
 }"""
 
 
+async def wait_for_answer(url: str) -> None:
+    """Until a process that is starting answers there."""
+    async with asyncio.timeout(30), httpx.AsyncClient() as http:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await http.get(url)).is_success:
+                    return
+            await asyncio.sleep(0.05)
+
+
 @contextlib.asynccontextmanager
 async def launch() -> AsyncIterator[Browser]:
     require(bool(CHROMIUM), "Chromium")
@@ -62,12 +72,7 @@ async def launch_plain(state: Path) -> AsyncIterator[BrowserContext]:
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []
     process = await asyncio.create_subprocess_exec(CHROMIUM, *flags, "about:blank", stdout=DEVNULL, stderr=DEVNULL)
     try:
-        async with asyncio.timeout(30), httpx.AsyncClient() as http:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if (await http.get(f"http://127.0.0.1:{port}/json/version")).is_success:
-                        break
-                await asyncio.sleep(0.05)
+        await wait_for_answer(f"http://127.0.0.1:{port}/json/version")
         async with async_playwright() as playwright:
             browser = await playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}", no_defaults=True)
             (context,) = browser.contexts

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
@@ -21,6 +20,7 @@ from tests.browser.pages import (
     fetch,
     profile,
     read_table,
+    wait_for_answer,
     wait_for_rows,
     wait_for_state,
 )
@@ -67,12 +67,7 @@ async def run_server(port: int, state: Path, prices: Path) -> AsyncIterator[asyn
         sys.executable, "-m", "app", *words, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        async with asyncio.timeout(30), httpx.AsyncClient() as http:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if (await http.get(f"http://127.0.0.1:{port}/healthz")).is_success:
-                        break
-                await asyncio.sleep(0.05)
+        await wait_for_answer(f"http://127.0.0.1:{port}/healthz")
         yield process
     finally:
         if process.returncode is None:
