@@ -299,7 +299,7 @@ async def test_a_second_ctrl_c_also_ends_what_the_server_itself_waits_for(
 async def is_listening(port: int) -> bool:
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # reset when it stops to listen in this very moment
         return False
     writer.close()
     return True
