@@ -61,40 +61,54 @@ class TurnedThreads:
 
 
 class FakeWire:
-    """Keeps what is written; is behind when the test says so."""
+    """Keeps what is written; is behind when the test says so, at once or with the next write."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.is_ready = False
         self.is_blocked = False
+        self.blocks_next = False
         self.is_finished = False
         self.heartbeats = 0
-        self._drained: Callable[[], None] | None = None
+        self.transport: Any = self
+        self._turned: Callable[[], None] | None = None
 
-    def open(self, drained: Callable[[], None]) -> None:
-        self._drained, self.is_ready = drained, not self.is_blocked
+    def open(self, turned: Callable[[], None]) -> None:
+        self._turned, self.is_ready = turned, not self.is_blocked
+
+    def is_closing(self) -> bool:
+        return self.is_finished
 
     def write(self, data: bytes) -> None:
         assert self.is_ready
         self.written.append(data)
+        if self.blocks_next:
+            self.block()
 
     def beat(self, heartbeat: bytes) -> None:
         self.heartbeats += 1
 
     def finish(self) -> None:
-        self._drained, self.is_ready, self.is_finished = None, False, True
+        turned, self._turned = self._turned, None
+        self.is_ready, self.is_finished = False, True
+        if turned is not None:
+            turned()
 
     def abort(self) -> None:
         raise AssertionError("aborted")
 
     def block(self) -> None:
-        self.is_blocked, self.is_ready = True, False
+        self.blocks_next, self.is_blocked = False, True
+        self._turn()
 
     def unblock(self) -> None:
         self.is_blocked = False
-        if self._drained is not None:
-            self.is_ready = True
-            self._drained()
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._turned is not None:
+            self.is_ready = not self.is_blocked
+            self._turned()
 
 
 def frame_line(event: Event) -> bytes:

@@ -152,8 +152,8 @@ class Pushing(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(eventlog_module, "to_thread", TurnedThreads)
         self.patch.setattr(reader_module, "READ_BYTES", page)
-        self.patch.setattr(hub_module, "SLICE", 1)
-        self.patch.setattr(hub_module, "SLICE_S", -1.0)  # each turn of the loop writes to one subscriber
+        self.patch.setattr(hub_module, "BLOCK", 2)
+        self.patch.setattr(hub_module, "TURN_S", -1.0)  # each turn of the loop writes to one block, or a few readers
         self.loop = asyncio.new_event_loop()
         self.log: EventLog = make_log(memory_bytes)
         self.oracle: list[tuple[int, str, int, str]] = []  # n, scan, seq, type
@@ -282,7 +282,11 @@ class Pushing(RuleBasedStateMachine):
 
     @rule(peer=peers)
     def block(self, peer: Peer) -> None:
-        peer.wire.block()
+        self.call(peer.wire.block)
+
+    @rule(peer=peers)
+    def block_with_the_next_write(self, peer: Peer) -> None:
+        peer.wire.blocks_next = True
 
     @rule(peer=peers)
     def unblock(self, peer: Peer) -> None:

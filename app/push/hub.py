@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from typing import NamedTuple
 
@@ -13,24 +13,43 @@ from app.push.frames import Framing
 from app.push.parting import Parting
 from app.push.puller import Puller
 from app.push.reader import Watch
-from app.push.subscriber import Pusher, Subscriber, Wire
+from app.push.subscriber import Block, Pusher, Subscriber, Wire
 
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
-SLICE = 32  # subscribers that are written to before the clock is looked at
-SLICE_S = 0.004  # then others on the loop have their turn
-REST = 1  # after a flush, the next one waits for as long as that took, up to `batch_max_ms`
+BLOCK = 32  # pushers in a block at most
+# What is written in one turn of the loop, and how long it may work at it; then others have their turn.
+TURN_WRITES = 512
+TURN_S = 0.004
+REST = 3  # after a flush, the next one waits for so many times as long as that took, up to `batch_max_ms`
 
 
 class Channel:
     """A watched scan: who watches it, and what those that are level with it were told."""
 
-    __slots__ = ("after", "members", "progress", "scan_id")
+    __slots__ = ("after", "blocks", "progress", "readers")
 
-    def __init__(self, scan_id: str, after: int, progress: Event | None) -> None:
-        self.scan_id = scan_id
+    def __init__(self, after: int, progress: Event | None) -> None:
         self.after = after
         self.progress = progress
-        self.members: dict[Subscriber, Watch] = {}
+        self.blocks: list[Block] = []  # those that are level
+        self.readers: dict[Subscriber, None] = {}  # the others, who read for themselves
+
+    def join(self, pusher: Pusher) -> None:
+        """From now on this one, which is level, stands in a block."""
+        block = next((block for block in reversed(self.blocks) if block.framing is pusher.framing), None)
+        if block is None or len(block.members) >= BLOCK or not self.is_level(block):
+            block = Block(pusher.framing, self.after, self.progress, self._part)
+            self.blocks.append(block)
+        del self.readers[pusher]
+        block.join(pusher)
+
+    def is_level(self, one: Block | Watch) -> bool:
+        return one.after == self.after and one.progress is self.progress
+
+    def _part(self, block: Block, pusher: Pusher) -> None:
+        self.readers[pusher] = None
+        if not block.members:
+            self.blocks.remove(block)
 
 
 class HubStatistics(NamedTuple):
@@ -44,8 +63,8 @@ class Hub:
     """A channel per watched scan. What is appended marks its channel dirty, and a flush tells all its subscribers.
 
     However much is appended in one turn of the loop, there is one flush. Frames are made once in it, and written to
-    each subscriber that was level with the channel; all others read for themselves. Under load flushes come further
-    apart, so that pushing takes a quarter of the loop's time and several events share a write.
+    each pusher that was level with the channel; all others read for themselves. Under load flushes come further apart,
+    so that pushing takes a quarter of the loop's time and several events share a write.
     """
 
     def __init__(self, log: EventLog, *, batch_ms: float = 0, batch_max_ms: float = 20) -> None:
@@ -54,10 +73,10 @@ class Hub:
         self._batch_max_s = batch_max_ms / 1000
         self._channels: dict[str, Channel] = {}
         self._dirty: dict[str, Channel] = {}
-        self._pushing: Iterator[None] | None = None  # the flush under way
+        self._pushing: Iterator[int] | None = None  # the flush under way
         self._is_scheduled = False
         self._rests_until = 0.0
-        self._took_s = 0.0  # the flush under way, so far
+        self._began = 0.0  # the flush under way
         self._oldest_ts: int | None = None  # of the durable events in it
         self._subscribers: set[Subscriber] = set()
         self._wheel: list[set[Pusher]] = [set() for _ in range(SPOKES)]
@@ -85,67 +104,62 @@ class Hub:
         asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
-        """One slice of a flush; the next one follows when the rest of the loop has had its turn."""
-        loop, began = asyncio.get_running_loop(), time.monotonic()
+        """One part of a flush; the next one follows when the rest of the loop has had its turn."""
+        loop, now, writes = asyncio.get_running_loop(), time.monotonic(), 0
         if self._pushing is None:
             dirty, self._dirty = self._dirty, {}
-            self._pushing = self._push(dirty.values())
+            self._pushing = self._push(dirty)
             self._flushes += 1
-            self._took_s = 0.0
-        for _ in self._pushing:
-            if time.monotonic() - began > SLICE_S:
-                self._took_s += time.monotonic() - began
+            self._began = now
+        for count in self._pushing:
+            writes += count
+            if writes >= TURN_WRITES or time.monotonic() - now > TURN_S:
                 loop.call_soon(self._flush)
                 return
-        ended = time.monotonic()
+        loop.call_soon(self._rest)  # the transports write at the end of this turn
+
+    def _rest(self) -> None:
+        now = time.monotonic()
         if self._oldest_ts is not None:
             self.note_lag((self._log.now_ms() - self._oldest_ts) / 1000)
             self._oldest_ts = None
-        self._rests_until = ended + min((self._took_s + ended - began) * REST, self._batch_max_s)
+        self._rests_until = now + min((now - self._began) * REST, self._batch_max_s)
         self._pushing, self._is_scheduled = None, False
         self._schedule()
 
-    def _push(self, channels: Iterable[Channel]) -> Iterator[None]:
-        """Tells everybody what is new in these channels; yields now and then."""
+    def _push(self, dirty: Mapping[str, Channel]) -> Iterator[int]:
+        """Tells everybody what is new in these channels. Yields now and then, with the number of writes since."""
         log = self._log
-        for channel in channels:
-            after, told = channel.after, channel.progress
-            scan = log.find(channel.scan_id)
-            events = None if scan is None else log.read_nowait(channel.scan_id, after)
+        for scan_id, channel in dirty.items():
+            blocks = [block for block in channel.blocks if channel.is_level(block)]
+            scan, after = log.find(scan_id), channel.after
+            events = None if scan is None else log.read_nowait(scan_id, after)
             batch = events or []
             if scan is not None:
                 channel.after = scan.n
-                progress = log.get_progress_event(channel.scan_id)
-                if progress is not None and progress is not told:
+                progress = log.get_progress_event(scan_id)
+                if progress is not None and progress is not channel.progress:
                     channel.progress, batch = progress, [*batch, progress]
             # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
             is_last = scan is None or scan.state.is_terminal
             frames: dict[Framing, bytes] = {}
-            for place, (subscriber, watch) in enumerate(list(channel.members.items()), 1):
-                if (
-                    is_whole
-                    and watch.after == after
-                    and watch.progress is told
-                    and isinstance(subscriber, Pusher)
-                    and subscriber.only is watch
-                    and subscriber.wire.is_ready
-                ):
-                    framing = subscriber.framing
-                    if framing not in frames:
-                        frames[framing] = framing.encode(batch)
-                    watch.after, watch.progress = channel.after, channel.progress
-                    subscriber.pushed += len(batch)
-                    subscriber.wire.write(frames[framing])
-                    if is_last:
-                        subscriber.wake()
-                else:
-                    subscriber.wake()
-                if place % SLICE == 0:
-                    yield
+            readers = list(channel.readers)
+            for block in blocks:
+                if is_whole:
+                    if block.framing not in frames:
+                        frames[block.framing] = block.framing.encode(batch)
+                    block.tell(frames[block.framing], len(batch), channel.after, channel.progress)
+                    yield len(block.members)
+                if is_last or not is_whole:
+                    readers += block.members
+            for place, subscriber in enumerate(readers, 1):
+                subscriber.wake()
+                if place % BLOCK == 0:
+                    yield BLOCK
             if frames and events:
                 self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
-            yield
+            yield 1
 
     # Subscribers
 
@@ -157,7 +171,7 @@ class Hub:
 
     def push(self, wire: Wire, framing: Framing, *, ends: bool, client: str = "") -> Pusher:
         """A subscriber that is written to, for a client. Leaving its block takes it out of every channel."""
-        subscriber = Pusher(self._log, wire, framing, self._leave, ends=ends, client=client)
+        subscriber = Pusher(self._log, wire, framing, left=self._leave, level=self._join, ends=ends, client=client)
         next(self._spokes).add(subscriber)
         self._connect(subscriber)
         return subscriber
@@ -178,20 +192,27 @@ class Hub:
 
     def subscribe(self, subscriber: Subscriber, scan_id: str, cursor: Cursor | None) -> None:
         """Raises UnknownScan. Wake the subscriber when it watches all that it should."""
-        watch = subscriber.watch(scan_id, cursor)
+        subscriber.watch(scan_id, cursor)
         channel = self._channels.get(scan_id)
         if channel is None:
-            scan = self._log.get(scan_id)
-            channel = Channel(scan_id, scan.n, self._log.get_progress_event(scan_id))
+            channel = Channel(self._log.get(scan_id).n, self._log.get_progress_event(scan_id))
             self._channels[scan_id] = channel
-        channel.members[subscriber] = watch
+        channel.readers[subscriber] = None
+
+    def _join(self, pusher: Pusher) -> None:
+        """This one has read all there is; with one scan alone it may stand in a block."""
+        if len(pusher.watches) == 1:
+            ((scan_id, watch),) = pusher.watches.items()
+            channel = self._channels[scan_id]
+            if channel.is_level(watch):
+                channel.join(pusher)
 
     def unsubscribe(self, subscriber: Subscriber, scan_id: str) -> None:
         subscriber.unwatch(scan_id)
         channel = self._channels.get(scan_id)
         if channel is not None:
-            channel.members.pop(subscriber, None)
-            if not channel.members:
+            channel.readers.pop(subscriber, None)
+            if not channel.readers and not channel.blocks:
                 del self._channels[scan_id]
 
     async def beat(self, every_s: float) -> None:
@@ -211,4 +232,7 @@ class Hub:
         for subscriber in self._subscribers:
             subscribers[subscriber.transport] += 1
             pushed[subscriber.transport] += subscriber.pushed
+        for channel in self._channels.values():
+            for block in channel.blocks:
+                pushed[block.framing.name] += block.pushed * len(block.members)
         return HubStatistics(dict(subscribers), dict(pushed), len(self._channels), self._flushes)

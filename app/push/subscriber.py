@@ -41,12 +41,13 @@ class Subscriber(Reader):
 class Wire(Protocol):
     """The way straight to one peer's transport; `app.push.wire` has it for uvicorn."""
 
-    # False while the transport holds more than it should, and from `finish` on. Whoever was skipped is woken when the
-    # transport has drained.
-    is_ready: bool
+    is_ready: bool  # False while the transport holds more than it should, and from `finish` on
 
-    def open(self, drained: Callable[[], None]) -> None:
-        """A stream begins; `drained` is called when the transport has drained."""
+    @property
+    def transport(self) -> asyncio.WriteTransport: ...
+
+    def open(self, turned: Callable[[], None]) -> None:
+        """A stream begins; `turned` is called whenever `is_ready` has turned."""
 
     def write(self, data: bytes) -> None:
         """Hands over ready frames, as they are and in this order."""
@@ -61,35 +62,90 @@ class Wire(Protocol):
         """Breaks the connection off."""
 
 
+class Block:
+    """Some pushers that have read one scan equally far: what is new for one is new for all.
+
+    Where they stand is known here, and not by each of them, so that to write to one costs little more than the write.
+    """
+
+    __slots__ = ("_parted", "after", "framing", "members", "progress", "pushed")
+
+    def __init__(
+        self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", "Pusher"], None]
+    ) -> None:
+        self.framing = framing
+        self.after = after
+        self.progress = progress
+        self.pushed = 0  # events given to each member
+        self.members: dict[Pusher, asyncio.WriteTransport] = {}
+        self._parted = parted
+
+    def join(self, pusher: "Pusher") -> None:
+        self.members[pusher] = pusher.wire.transport
+        pusher.block = self
+        pusher.pushed -= self.pushed
+
+    def tell(self, data: bytes, count: int, after: int, progress: Event | None) -> None:
+        """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them."""
+        self.after, self.progress = after, progress
+        self.pushed += count
+        for transport in tuple(self.members.values()):
+            if not transport.is_closing():
+                transport.write(data)
+
+    def part(self, pusher: "Pusher") -> None:
+        """From now on it stands for itself, right here."""
+        del self.members[pusher]
+        pusher.block = None
+        pusher.pushed += self.pushed
+        (watch,) = pusher.watches.values()
+        watch.after, watch.progress = self.after, self.progress
+        self._parted(self, pusher)
+
+
 class Pusher(Subscriber):
     """A subscriber that is written to, without a task of its own.
 
-    While its transport is behind it is skipped; when that has drained, it reads on in the log from its own cursor.
-    With `ends`, it finishes when all scans that it watches have ended.
+    It reads on in the log from its own cursors until it has everything. Then it is level, which the hub is told, and
+    may stand in a block until it is woken. While its transport is behind it is skipped; when that has drained, it
+    reads on. With `ends`, it finishes when all scans that it watches have ended.
     """
 
     def __init__(
-        self, log: EventLog, wire: Wire, framing: Framing, left: Callable[[Any], None], *, ends: bool, client: str = ""
+        self,
+        log: EventLog,
+        wire: Wire,
+        framing: Framing,
+        *,
+        left: Callable[[Any], None],
+        level: Callable[["Pusher"], None],
+        ends: bool,
+        client: str = "",
     ) -> None:
         super().__init__(log, framing.name, left)
         self.client = client
         self.wire = wire
         self.framing = framing
-        self.only: Watch | None = None  # what it watches, if that is one scan
+        self.block: Block | None = None
+        self._level = level
         self._ends = ends
         self._reading: asyncio.Task[None] | None = None
         wire.open(self.wake)
 
     def watch(self, scan_id: str, cursor: Cursor | None) -> Watch:
-        watch = super().watch(scan_id, cursor)
-        self.only = watch if len(self.watches) == 1 else None
-        return watch
+        self._part()
+        return super().watch(scan_id, cursor)
 
     def unwatch(self, scan_id: str) -> None:
+        self._part()
         super().unwatch(scan_id)
-        self.only = next(iter(self.watches.values())) if len(self.watches) == 1 else None
+
+    def _part(self) -> None:
+        if self.block is not None:
+            self.block.part(self)
 
     def wake(self) -> None:
+        self._part()
         if not self.wire.is_ready or self._reading is not None:
             return
         batch = self.read_nowait()
@@ -101,6 +157,8 @@ class Pusher(Subscriber):
             asyncio.get_running_loop().call_soon(self.wake)  # a page a turn: the others have theirs to be written
         elif self._ends and self.is_done:
             self.wire.finish()
+        else:
+            self._level(self)
 
     async def _read_on(self) -> None:
         try:

@@ -3,8 +3,7 @@
 Pass the classes to uvicorn as `http=` and `ws=`. They offer the ASGI scope extension `scanwire.wire`, a `Connection`:
 
 - `write` hands ready frames to the transport, which under uvloop is one system call;
-- `is_ready` is False while the transport holds more than `high_water_bytes`, and `drained` is called when it has
-  drained;
+- `is_ready` is False while the transport holds more than `high_water_bytes`, and `turned` is called when it turns;
 - `rest` is what goes on after the application has returned. A stream waits there for its end, and all the layers of
   the application that it came through are gone, with their memory.
 
@@ -29,13 +28,13 @@ class Connection(Guard):
 
     app: ASGIApp  # of uvicorn's protocols
 
-    __slots__ = ("_app", "_drained", "_is_behind", "_send", "is_ready", "rest")
+    __slots__ = ("_app", "_is_behind", "_send", "_turned", "is_ready", "rest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._app, self.app = self.app, self._serve
         self._send: Send  # of the request that is being served
-        self._drained: Callable[[], None] | None = None  # of the stream that is open
+        self._turned: Callable[[], None] | None = None  # of the stream that is open
         self._is_behind = False
         self.is_ready = False  # a stream is open, and its peer takes what is written
         self.rest: Callable[[Receive, Send], Awaitable[None]] | None = None
@@ -55,15 +54,17 @@ class Connection(Guard):
         """A stream may be open for hours; what it was asked for with has been read."""
         scope["headers"].clear()
 
-    def open(self, drained: Callable[[], None]) -> None:
-        """A stream begins. `drained` is called when the transport has drained, after `is_ready` was False."""
+    def open(self, turned: Callable[[], None]) -> None:
+        """A stream begins; `turned` is called whenever `is_ready` has turned."""
         if not self.transport.is_closing():
-            self._drained, self.is_ready = drained, not self._is_behind
+            self._turned, self.is_ready = turned, not self._is_behind
             self.expect_delivery()
 
     def finish(self) -> None:
         """The stream is over: what was written still goes out."""
-        self._drained, self.is_ready = None, False
+        turned, self._turned, self.is_ready = self._turned, None, False
+        if turned is not None:
+            turned()
         self.expect_close()
 
     def write(self, data: bytes) -> None:
@@ -79,17 +80,20 @@ class Connection(Guard):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._is_behind, self.is_ready = True, False
+        self._turn(is_behind=True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._is_behind = False
-        if self._drained is not None:
-            self.is_ready = True
-            self._drained()
+        self._turn(is_behind=False)
+
+    def _turn(self, *, is_behind: bool) -> None:
+        self._is_behind = is_behind
+        if self._turned is not None:
+            self.is_ready = not is_behind
+            self._turned()
 
     def is_streaming(self) -> bool:
-        return self._drained is not None
+        return self._turned is not None
 
     def end_connection(self, exc: Exception | None) -> None:
         self.finish()
@@ -113,7 +117,7 @@ class HttpConnection(Connection, HttpGuard):
     def finished(self) -> asyncio.Future[None]:
         """Done when the stream that is open was finished, or the connection lost."""
         self._finished = self.loop.create_future()
-        if self._drained is None:
+        if self._turned is None:
             self._finished.set_result(None)
         return self._finished
 
@@ -158,7 +162,7 @@ class WebSocketConnection(Connection, WebSocketGuard):
         self.response.headers.clear()
 
     def finish(self) -> None:
-        if self._drained is not None:
+        if self._turned is not None:
             self.queue.put_nowait({"type": FINISH})  # type: ignore[misc, arg-type]
         super().finish()
 
