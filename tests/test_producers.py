@@ -15,10 +15,11 @@ from app.core.errors import AtCapacity, Conflict, InvalidParams, JournalUnavaila
 from app.core.scan import Scan, State, digest_rows
 from app.core.settings import Settings
 from app.engine.admission import Admission, Submission
-from app.engine.external import MatchesFound, Producers, ProgressMade, Said, WorkEnded
+from app.engine.external import Producers
 from app.engine.limits import Limits
 from app.engine.reaper import Reaper
 from app.engine.runner import Runner
+from app.engine.said import MatchesFound, ProgressMade, Said, WorkEnded
 from app.engine.sessions import Sessions
 from app.log.eventlog import EventLog
 from app.log.sqlite import SqliteJournal
@@ -129,8 +130,7 @@ async def test_while_the_journal_cannot_be_written_a_post_is_refused_and_yet_a_s
 
 async def test_an_end_whose_request_did_not_wait_for_the_journal_is_an_end(engine: Engine) -> None:
     scan = await engine.submit()
-    ending = asyncio.create_task(engine.producers.append(scan.id, [WorkEnded(type="end", state="completed")], 1))
-    await asyncio.sleep(0)
+    ending = engine.producers.append(scan.id, [WorkEnded(type="end", state="completed")], 1)
     ending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await ending

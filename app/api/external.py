@@ -2,12 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import orjson
-from pydantic import BaseModel, Field, RootModel, ValidationError
+from pydantic import BaseModel, Field, RootModel, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +17,8 @@ from app.api.scans import read_body
 from app.api.service import Service, get_service
 from app.core.errors import InvalidParams, JournalUnavailable, UnsupportedMedia
 from app.core.event import Cursor
-from app.engine.external import Said
+from app.core.scan import Scan
+from app.engine.said import Said
 
 MAX_ERRORS = 10  # that one refusal names
 MAX_NUMBER = 10**15 - 1  # as Producer-Seq
@@ -42,6 +42,7 @@ class Appended(Wire):
 
 
 MODELS: tuple[type[BaseModel], ...] = (PostedEvents, Appended)
+_ONE: TypeAdapter[Said] = TypeAdapter(Annotated[Said, Field(discriminator="type")])
 _SEVERAL = RootModel[list[PostedEvent]]
 
 
@@ -52,31 +53,55 @@ def has_own_token(method: str, path: str) -> bool:
 
 async def post_events(request: Request) -> Response:
     """POST /v1/scans/{id}/events: a producer appends to its scan."""
-    fields = dict(request.scope["headers"])
-    answer = await append_posted(get_service(request), request.path_params["id"], fields, partial(read_body, request))
-    return Response(answer, 202, {"Cache-Control": "no-store"}, JSON)
-
-
-async def append_posted(
-    service: Service, scan_id: str, fields: Mapping[bytes, bytes], read: Callable[[], Awaitable[bytes]]
-) -> bytes:
-    """Appends what a request carries; gives the answer when it is in the journal. Raises what refuses it."""
-    service.producers.check_token(scan_id, _read_token(fields))  # before anything is read of the body
-    number = _read_number(fields)
-    media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
-    if media_type not in (JSON, NDJSON):
-        raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
-    said = _read_events(await read(), media_type)
+    service = get_service(request)
+    post = Post.check(service, request.path_params["id"], dict(request.scope["headers"]))
+    appending = post.append(service, await read_body(request))
     try:
         async with asyncio.timeout(service.settings.commit_wait_s):
-            scan = await service.producers.append(scan_id, said, number)
+            scan = await appending
     except TimeoutError:
-        raise JournalUnavailable(
-            "The journal cannot be written just now, so it is not sure that this is kept. Post the same again: "
-            "with the same Producer-Seq it will not be appended twice.",
-            retry_after_s=10,
-        ) from None
+        raise is_unsure() from None
+    return Response(acknowledge(service, scan), 202, {"Cache-Control": "no-store"}, JSON)
+
+
+class Post(NamedTuple):
+    """What a producer's request says ahead of its body."""
+
+    scan_id: str
+    number: int | None
+    media_type: str
+
+    @classmethod
+    def check(cls, service: Service, scan_id: str, fields: Mapping[bytes, bytes]) -> "Post":
+        """Raises what refuses it, before anything is read of the body."""
+        service.producers.check_token(scan_id, _read_token(fields))
+        number = _read_number(fields)
+        media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+        if media_type not in (JSON, NDJSON):
+            raise UnsupportedMedia(f"Content-Type is {media_type or 'missing'!r}; send {JSON} or {NDJSON}.")
+        return cls(scan_id, number, media_type)
+
+    def renumber(self, fields: Mapping[bytes, bytes]) -> "Post":
+        """One that has the same fields but for these, which may have a Producer-Seq."""
+        return self._replace(number=_read_number(fields)) if b"producer-seq" in fields else self
+
+    def append(self, service: Service, body: bytes) -> "asyncio.Future[Scan]":
+        """Appends what the body holds; gives what will be the scan when that is committed. Raises what refuses it."""
+        return service.producers.append(self.scan_id, _read_events(body, self.media_type), self.number)
+
+
+def acknowledge(service: Service, scan: Scan) -> bytes:
+    """The answer when everything that was posted is in the journal."""
     return orjson.dumps({"cursor": str(Cursor(service.log.epoch, scan.n)), "seq": scan.seq})
+
+
+def is_unsure() -> JournalUnavailable:
+    """The answer when the journal took too long."""
+    return JournalUnavailable(
+        "The journal cannot be written just now, so it is not sure that this is kept. Post the same again: with the "
+        "same Producer-Seq it will not be appended twice.",
+        retry_after_s=10,
+    )
 
 
 def _read_token(fields: Mapping[bytes, bytes]) -> str | None:
@@ -95,6 +120,18 @@ def _read_number(fields: Mapping[bytes, bytes]) -> int | None:
 
 def _read_events(body: bytes, media_type: str) -> list[Said]:
     """The events of a body. Raises InvalidParams, naming each field."""
+    try:
+        if media_type == NDJSON:
+            return [_ONE.validate_json(line) for line in body.split(b"\n") if line.strip()]
+        if not body.lstrip().startswith(b"["):
+            return [_ONE.validate_json(body)]
+        return [one.root for one in _SEVERAL.model_validate_json(body).root]
+    except ValidationError:
+        return _read_carefully(body, media_type)
+
+
+def _read_carefully(body: bytes, media_type: str) -> list[Said]:
+    """As `_read_events`, and finds out what is wrong where."""
     if media_type == NDJSON:
         lines = [line for line in body.split(b"\n") if line.strip()]
         values: Any = [_parse(line, f"events.{place}") for place, line in enumerate(lines)]

@@ -25,7 +25,7 @@ from app.core.errors import Forbidden, InvalidRequest, KeyRequired, ScanwireErro
 from app.core.scan import State
 from app.core.settings import Settings
 from app.engine.admission import Submission
-from app.engine.external import SUMMARY, TITLE, ExternalParams
+from app.engine.said import SUMMARY, TITLE, ExternalParams
 from app.scanners.registry import EXTERNAL, Scanner, list_scanners
 
 PROBLEM = "application/problem+json"

@@ -19,7 +19,7 @@ from app.core.scan import SYNTHETIC, Scan, is_synthetic
 from app.core.snapshot import make_snapshot
 from app.engine.admission import Submission
 from app.engine.export import export_rows
-from app.engine.external import SUMMARY, TITLE, ExternalParams
+from app.engine.said import SUMMARY, TITLE, ExternalParams
 from app.market.features import FEATURE_NAMES
 from app.scanners.registry import EXTERNAL, list_scanners
 

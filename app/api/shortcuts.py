@@ -1,33 +1,36 @@
 """What is asked thousands of times a second, answered ahead of all layers: they would cost more than the answer."""
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from app.api.external import append_posted, has_own_token
+from app.api.external import Post, acknowledge, has_own_token, is_unsure
 from app.api.formats import JSON
 from app.api.polling import SnapshotCache, encode_answer
-from app.api.problems import refuse
-from app.api.security import DATA_HEADERS, Security, add_security_headers
+from app.api.problems import problem_response
+from app.api.security import DATA_HEADERS, Security
 from app.api.service import Service
 from app.core.errors import ScanwireError
 from app.core.scan import Scan
 from app.observe.tally import Timing
-from app.push.wire import HttpConnection, find_wire
+from app.push.plain import PlainAnswers
+from app.push.wire import find_wire
 
 _SCANS = "/v1/scans/"
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, header fields, body
 _POSTED = [(b"cache-control", b"no-store"), (b"content-type", JSON.encode())]
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, header fields, body
 
 
 class Shortcuts:
     """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor) and the producer's post
     whose body came with its head, where the server offers the wire to write the answer to.
 
-    `security` checks them all the same, and gets everything else, timed by Timing.
+    `security` checks them all the same, and gets everything else, timed by Timing. What it checked on a connection
+    holds for the requests there that have the same head.
     """
 
     def __init__(self, security: Security, app: Starlette) -> None:
@@ -37,47 +40,112 @@ class Shortcuts:
         self._snapshots: SnapshotCache = app.state.snapshots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire = find_wire(scope) if scope["type"] == "http" else None
-        answer = None if wire is None else self._find(scope, wire)
-        if wire is None or answer is None:
+        wire: PlainAnswers | None = find_wire(scope) if scope["type"] == "http" else None
+        asked = None if wire is None else self._read(scope, wire)
+        if wire is None or asked is None:
             await self._otherwise(scope, receive, send)
             return
         began = time.perf_counter()
+        scan_id, fields, body = asked
         try:
-            status, fields, body = await answer(self._security.check(scope))
+            client = self._security.check(scope)
+            post = None if body is None else Post.check(self._service, scan_id, fields)
         except ScanwireError as refusal:
-            await refuse(refusal, scope, receive, add_security_headers(send))
+            self._respond(wire, began, _encode_refusal(refusal))
             return
-        wire.respond(status, (*fields, *DATA_HEADERS), body)
-        self._state.note_answer(time.perf_counter() - began)
+        if post is None:
+            wire.repeat_with(partial(self._repeat_poll, wire, client, scan_id))
+            self._poll(wire, client, scan_id, fields, began)
+        else:
+            wire.repeat_with(partial(self._repeat_post, wire, post))
+            answered = self._post(wire, post, body or b"", began)
+            if answered is not None:
+                await asyncio.wait((answered,))
 
-    def _find(self, scope: Scope, wire: HttpConnection) -> Callable[[str], Awaitable[Answer]] | None:
+    def _read(self, scope: Scope, wire: PlainAnswers) -> tuple[str, Mapping[bytes, bytes], bytes | None] | None:
+        """The scan, the fields, and the body of a post; None for what is not answered here."""
         method, path = scope["method"], scope["path"]
         if not path.startswith(_SCANS):
             return None
-        service: Service = self._state.service
         fields = dict(scope["headers"])
         if b"origin" in fields:  # of a browser, which may want the fields that CORS adds
             return None
-        if method == "GET" and (scan := service.log.find(path[len(_SCANS) :])) is not None:
+        if method == "GET" and self._service.log.find(path[len(_SCANS) :]) is not None:
             if scope["query_string"] or b"prefer" in fields or b"last-event-id" in fields:
                 return None
-            return partial(self._poll, service, scan, fields.get(b"if-none-match", b""))
+            return path[len(_SCANS) :], fields, None
         if has_own_token(method, path):
             body = wire.take_body()
-            if body is not None and len(body) <= service.settings.max_events_body_bytes:
-                return partial(self._post, service, path.split("/")[3], fields, body)
+            if body is not None and len(body) <= self._service.settings.max_events_body_bytes:
+                return path.split("/")[3], fields, body
         return None
 
-    async def _poll(self, service: Service, scan: Scan, if_none_match: bytes, client: str) -> Answer:
-        service.limits.charge("read", client)
-        return encode_answer(service, self._snapshots, client, scan, if_none_match)
+    def _repeat_poll(
+        self, wire: PlainAnswers, client: str, scan_id: str, fields: Mapping[bytes, bytes], body: bytes
+    ) -> bool:
+        began = time.perf_counter()
+        is_plain = not body and self._service.log.find(scan_id) is not None
+        if is_plain:
+            self._poll(wire, client, scan_id, fields, began)
+        return is_plain
 
-    async def _post(
-        self, service: Service, scan_id: str, fields: Mapping[bytes, bytes], body: bytes, client: str
-    ) -> Answer:
-        async def read() -> bytes:
-            return body
+    def _repeat_post(self, wire: PlainAnswers, post: Post, fields: Mapping[bytes, bytes], body: bytes) -> bool:
+        began = time.perf_counter()
+        if len(body) > self._service.settings.max_events_body_bytes:
+            return False
+        answered = self._post(wire, post, body, began, fields)
+        if answered is not None:
+            wire.hold_until(answered)
+        return True
 
-        answer = await append_posted(service, scan_id, fields, read)
-        return 202, [*_POSTED, (b"content-length", b"%d" % len(answer))], answer
+    def _poll(self, wire: PlainAnswers, client: str, scan_id: str, fields: Mapping[bytes, bytes], began: float) -> None:
+        service = self._service
+        try:
+            service.limits.charge("read", client)
+            scan, if_none_match = service.log.get(scan_id), fields.get(b"if-none-match", b"")
+            answer = encode_answer(service, self._snapshots, client, scan, if_none_match)
+        except ScanwireError as refusal:
+            answer = _encode_refusal(refusal)
+        self._respond(wire, began, answer)
+
+    def _post(
+        self, wire: PlainAnswers, post: Post, body: bytes, began: float, fields: Mapping[bytes, bytes] | None = None
+    ) -> "asyncio.Future[Scan] | None":
+        """Gives what is done when it is answered; None when it is answered already. `fields` are those of a post that
+        is like the one that was checked."""
+        service = self._service
+        try:
+            appending = (post if fields is None else post.renumber(fields)).append(service, body)
+        except ScanwireError as refusal:
+            self._respond(wire, began, _encode_refusal(refusal))
+            return None
+        timer = asyncio.get_running_loop().call_later(service.settings.commit_wait_s, appending.cancel)
+
+        def answer(appending: "asyncio.Future[Scan]") -> None:
+            timer.cancel()
+            try:
+                text = acknowledge(service, appending.result())
+            except asyncio.CancelledError:
+                self._respond(wire, began, _encode_refusal(is_unsure()))
+            except ScanwireError as refusal:
+                self._respond(wire, began, _encode_refusal(refusal))
+            else:
+                self._respond(wire, began, (202, [*_POSTED, (b"content-length", b"%d" % len(text))], text))
+
+        appending.add_done_callback(answer)
+        return appending
+
+    def _respond(self, wire: PlainAnswers, began: float, answer: Answer) -> None:
+        status, fields, body = answer
+        wire.respond(status, (*fields, *DATA_HEADERS), body)
+        self._state.note_answer(time.perf_counter() - began)
+
+    @property
+    def _service(self) -> Service:
+        service: Service = self._state.service
+        return service
+
+
+def _encode_refusal(refusal: ScanwireError) -> Answer:
+    response = problem_response(refusal)
+    return response.status_code, response.raw_headers, bytes(response.body)

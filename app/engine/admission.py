@@ -27,10 +27,11 @@ from app.core.errors import (
 )
 from app.core.scan import Producer, Scan, State, make_same_key
 from app.core.settings import Settings, hash_key
-from app.engine.external import DATA_VERSION, Producers, normalise_external
+from app.engine.external import DATA_VERSION, Producers
 from app.engine.limits import Limits
 from app.engine.run import Run
 from app.engine.runner import Runner
+from app.engine.said import normalise_external
 from app.engine.sessions import Sessions
 from app.engine.worker import ChunkJob, normalise_params
 from app.log.eventlog import EventLog

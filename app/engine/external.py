@@ -1,104 +1,26 @@
-"""Scans whose work is done elsewhere: what their producers may say, and what becomes of it."""
+"""Scans whose work is done elsewhere: what becomes of what their producers say."""
 
+import asyncio
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hmac import compare_digest
-from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import Conflict, InvalidParams, JournalUnavailable, ProducerFailed, ProducerLost, TokenRequired
 from app.core.estimate import estimate_rest
 from app.core.event import EventType
 from app.core.scan import Producer, Progress, Row, Scan, State, canonical_row, make_end
 from app.core.settings import Settings, hash_key
+from app.engine.said import MatchesFound, ProgressMade, Said, WorkEnded
 from app.engine.worker import ROWS_PER_EVENT
 from app.log.eventlog import EventLog, Part
 
 logger = logging.getLogger(__name__)
 
-TITLE = "External scan"
-SUMMARY = "A scan whose work is done elsewhere: another program posts its progress and matches."
 DATA_VERSION = "external"
 PHASE = "working"  # until the producer names one
-MAX_COUNT = 2**53 - 1  # what every JSON parser keeps exact
-_MAX_INT = 2**63 - 1  # of a Parquet column, and of most databases
-
-# What a producer says
-
-
-class _Said(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ExternalParams(_Said):
-    """What a scan is about whose work is done elsewhere."""
-
-    title: Annotated[str, Field(min_length=1, max_length=200, description="what it is, for people")] = TITLE
-    total: Annotated[int | None, Field(ge=0, le=MAX_COUNT, description="units of work; not known yet when null")] = None
-    unit: Annotated[str, Field(min_length=1, max_length=40, description="what `total` and `done` count")] = "steps"
-
-
-def check_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, which has a column and holds plain values only. Raises ValueError."""
-    if not row:
-        raise ValueError("a match has at least one column")
-    for name, value in row.items():
-        match value:
-            case str() | bool() | None:
-                continue
-            case int() if -_MAX_INT <= value <= _MAX_INT:
-                continue
-            case float() if math.isfinite(value):
-                continue
-        raise ValueError(f"{name[:40]!r} must be text, a finite number of up to 64 bits, a boolean or null")
-    return row
-
-
-PlainRow = Annotated[dict[str, Any], AfterValidator(check_row)]
-
-
-class ProgressMade(_Said):
-    """So much is done. Only the latest is shown."""
-
-    type: Literal["progress"]
-    done: Annotated[int, Field(ge=0, le=MAX_COUNT, description="never less than before, and never above the total")]
-    total: Annotated[int | None, Field(ge=0, le=MAX_COUNT, description="from now on; as before when left out")] = None
-    phase: Annotated[str | None, Field(min_length=1, max_length=100, description="what is being done")] = None
-
-
-class MatchesFound(_Said):
-    """Rows of one match each: any columns, with plain values."""
-
-    type: Literal["matches"]
-    rows: list[PlainRow]
-
-
-class WorkEnded(_Said):
-    """The last event of a scan."""
-
-    type: Literal["end"]
-    state: Literal["completed", "failed", "cancelled"]
-    error: Annotated[str | None, Field(max_length=2000, description="why it failed, in a sentence")] = None
-
-
-Said = ProgressMade | MatchesFound | WorkEnded
-
-
-def normalise_external(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with every default filled in. Raises InvalidParams."""
-    try:
-        return ExternalParams.model_validate(dict(raw)).model_dump(mode="json")
-    except ValidationError as error:
-        names = ", ".join(ExternalParams.model_fields)
-        words = {"extra_forbidden": f"is not a parameter of an external scan; there are: {names}"}
-        raise InvalidParams.explain(error, words) from None
-
-
-# What becomes of it
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -214,8 +136,9 @@ class Producers:
         if not compare_digest(hash_key(token), producer.token_hash):
             raise TokenRequired("This is not the token that came with the scan when it was submitted.")
 
-    async def append(self, scan_id: str, said: Sequence[Said], number: int | None = None) -> Scan:
-        """The scan with these events committed, all of them or none; without any they are a sign of life.
+    def append(self, scan_id: str, said: Sequence[Said], number: int | None = None) -> "asyncio.Future[Scan]":
+        """Gives what will be the scan with these events, once they are committed, all of them or none; without any
+        they are a sign of life. Who cancels it has appended all the same.
 
         `number` counts the requests that have one: a repeated one is acknowledged and nothing more. Raises Conflict
         for a number that leaves a gap and for a scan that has ended, InvalidParams, and JournalUnavailable.
@@ -235,9 +158,9 @@ class Producers:
                 )
             if work is not None:
                 work.heard = self._clock()
-            settled = await self._settle(scan_id)
-            if work is not None:
-                self._publish(work)  # whoever accepted it may not have waited for the journal
+            settled = self._settle(scan_id)
+            if work is not None:  # whoever accepted it may not have waited for the journal
+                _then(settled, partial(self._publish, work))
             return settled
         if work is None or work.ended is not None:
             state = scan.state if work is None or work.ended is None else work.ended
@@ -245,11 +168,18 @@ class Producers:
         draft = self._draft(work, said)
         if number is not None:
             draft.producer = replace(draft.producer, seq=number)
-        return await self._accept(work, draft, is_numbered=number is not None)
+        return self._accept(work, draft, is_numbered=number is not None)
 
-    async def _settle(self, scan_id: str) -> Scan:
+    def _settle(self, scan_id: str) -> "asyncio.Future[Scan]":
         """The scan once everything that was accepted so far is committed."""
-        return await self._log.append(scan_id) if scan_id in self._works else self._log.get(scan_id)
+        if scan_id in self._works:
+            return self._log.append_nowait(scan_id)
+        return self._get_at_once(scan_id)
+
+    def _get_at_once(self, scan_id: str) -> "asyncio.Future[Scan]":
+        scan: asyncio.Future[Scan] = asyncio.get_running_loop().create_future()
+        scan.set_result(self._log.get(scan_id))
+        return scan
 
     def _draft(self, work: _Work, said: Sequence[Said]) -> _Draft:
         """Raises InvalidParams, which names what is wrong."""
@@ -298,7 +228,7 @@ class Producers:
             found += 1
         draft.producer = replace(draft.producer, found=found)
 
-    async def _accept(self, work: _Work, draft: _Draft, *, is_numbered: bool) -> Scan:
+    def _accept(self, work: _Work, draft: _Draft, *, is_numbered: bool) -> "asyncio.Future[Scan]":
         # Progress alone is not kept, except with the number of its request; rows are, if only as a count.
         is_kept = is_numbered or draft.producer.found > work.producer.found
         work.heard = self._clock()
@@ -315,13 +245,13 @@ class Producers:
         if draft.end is not None:
             state = State(draft.end.state)
             error = ProducerFailed(draft.end.error or "It gave no reason.") if state is State.FAILED else None
-            return await self._end(work, state, error, parts)
+            return self._end(work, state, error, parts)
         if is_kept:
-            scan = await self._log.append(work.scan_id, *parts, producer=work.producer)
+            scan = self._log.append_nowait(work.scan_id, *parts, producer=work.producer)
         else:
-            scan = self._log.get(work.scan_id)
+            scan = self._get_at_once(work.scan_id)
         if draft.said is not None:
-            self._publish(work)
+            _then(scan, partial(self._publish, work))
         return scan
 
     def _note_progress(self, work: _Work, draft: _Draft) -> None:
@@ -365,9 +295,9 @@ class Producers:
                 await self._end(work, State.LOST, error, [])
         return len(silent)
 
-    async def _end(
+    def _end(
         self, work: _Work, state: State, error: ProducerFailed | ProducerLost | None, parts: list[Part]
-    ) -> Scan:
+    ) -> "asyncio.Future[Scan]":
         work.ended = state
         elapsed_s = max(0, self._log.now_ms() - work.started_ts) / 1000
         data = make_end(
@@ -379,8 +309,8 @@ class Producers:
             elapsed_s=elapsed_s,
             error=None if error is None else error.to_problem(),
         )
-        scan = await self._log.append(work.scan_id, *parts, (EventType.END, data), producer=work.producer)
-        self._finish(work)
+        scan = self._log.append_nowait(work.scan_id, *parts, (EventType.END, data), producer=work.producer)
+        _then(scan, partial(self._finish, work))
         return scan
 
     def _finish(self, work: _Work) -> None:
@@ -397,3 +327,16 @@ class Producers:
             extra={"action": "scan_ended", "scan": scan.id, "state": scan.state},
         )
         self.finished(scan.id)
+
+
+def _then(committed: "asyncio.Future[Scan]", work: Callable[[], None]) -> None:
+    """Does the work as soon as this is committed, ahead of whoever waits for it from now on."""
+
+    def go_on(committed: "asyncio.Future[Scan]") -> None:
+        if not committed.cancelled() and committed.exception() is None:
+            work()
+
+    if committed.done():
+        go_on(committed)
+    else:
+        committed.add_done_callback(go_on)

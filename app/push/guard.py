@@ -96,22 +96,28 @@ class Guard(asyncio.Protocol):
         self._is_in_head = False
         self._count = 0  # bytes that came since its head began; of a WebSocket, pings since the last heartbeat
         self._is_silent = False  # nothing has come since the last heartbeat; WebSocket alone
-        self._held: bytes | None = None  # what came and has to wait for its turn; then nothing more is read
+        self._held: bytes | None = None  # what came and has to wait; then little more is read
 
     def data_received(self, data: bytes) -> None:
         if self._held is not None:
             self._held += data
             self.transport.pause_reading()  # now, since for one piece it would cost more than it spares
-        elif self._bounds.turns.take(self._take_held):
+        elif self._bounds.turns.take(self.release):
             self.take_data(data)
         else:
             self._held = data
 
-    def _take_held(self) -> None:
-        data, self._held = self._held or b"", None
-        if not self.is_reading_paused():
+    def hold(self) -> None:
+        """From now on what comes is held, until `release`."""
+        self._held = b""
+
+    def release(self) -> None:
+        """What was held is taken."""
+        data, self._held = self._held, None
+        if not self.is_reading_paused() and not self.transport.is_closing():
             self.transport.resume_reading()
-        self.take_data(data)
+        if data:
+            self.take_data(data)
 
     def is_reading_paused(self) -> bool:
         """Whether uvicorn wants nothing to be read just now."""

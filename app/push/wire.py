@@ -7,18 +7,18 @@ Pass the classes to uvicorn as `http=` and `ws=`. They offer the ASGI scope exte
 - `rest` is what goes on after the application has returned. A stream waits there for its end, and all the layers of
   the application that it came through are gone, with their memory.
 
-What a peer may do is held by `app.push.guard`. Built on private parts of uvicorn; the range of versions in
-pyproject.toml is the one that was tested.
+What a peer may do is held by `app.push.guard`; what is answered in one write, without ASGI, by `app.push.plain`. Built
+on private parts of uvicorn; the range of versions in pyproject.toml is the one that was tested.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from app.push.guard import EXTENSION, Guard, HttpGuard, WebSocketGuard
+from app.push.guard import EXTENSION, Guard, WebSocketGuard
+from app.push.plain import PlainAnswers
 
 FINISH = "scanwire.finish"  # type of the message that a WebSocket receives when its subscriber has finished
 
@@ -106,12 +106,13 @@ class Connection(Guard):
         self.app = self._app
 
 
-class HttpConnection(Connection, HttpGuard):
-    __slots__ = ("_finished",)
+class HttpConnection(Connection, PlainAnswers):
+    __slots__ = ("_came", "_finished", "_known")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._finished: asyncio.Future[None] | None = None
+        self._came = self._known = None
 
     @property
     def finished(self) -> asyncio.Future[None]:
@@ -132,25 +133,7 @@ class HttpConnection(Connection, HttpGuard):
 
     def let_be_freed(self) -> None:
         super().let_be_freed()
-        self.parser = None  # type: ignore[assignment]
-
-    def take_body(self) -> bytes | None:
-        """The body of the request that is being served, if all of it is here."""
-        cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
-        return None if cycle.more_body else bytes(cycle.body)
-
-    def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
-        cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
-        parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *fields):
-            parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
-        cycle.response_started = cycle.response_complete = True
-        self.write(b"".join(parts))
-        if not cycle.keep_alive:
-            self.transport.close()
-        cycle.on_response()
+        self.parser = self._known = None  # type: ignore[assignment]
 
 
 class WebSocketConnection(Connection, WebSocketGuard):
