@@ -86,6 +86,7 @@ def create_app(
     """
     settings = settings or Settings()
     routes = [
+        WebSocketRoute("/v1/ws", websocket.serve_websocket),  # first, since all that stand before one are tried
         _route("/v1/scans", GET=scans.list_scans, POST=scans.submit_scan),
         _route("/v1/scans/{id}", GET=polling.get_snapshot, DELETE=scans.cancel_scan),
         _route("/v1/scans/{id}/events", GET=sse.get_scan_events, POST=external.post_events),
@@ -103,7 +104,6 @@ def create_app(
         Route("/readyz", operations.get_ready, methods=["GET"]),
         Route("/metrics", operations.get_metrics, methods=["GET"]),
         Route("/openapi.json", make_openapi, methods=["GET"]),
-        WebSocketRoute("/v1/ws", websocket.serve_websocket),
         Route("/api/scan/execute", legacy.execute_scan, methods=["POST"]),
         Route("/api/operation/execute", legacy.execute_operation, methods=["POST"]),
         Route("/api/scan/status", legacy.get_newest_status, methods=["GET"]),
