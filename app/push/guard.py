@@ -23,12 +23,12 @@ from functools import partial
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from websockets.frames import Frame
 
 from app.core.errors import AtCapacity, HeadTooLarge, InvalidRequest, ScanwireError, SlowRequest
 from app.core.settings import Settings
+from app.push.handshake import HttpHandshake, WebSocketHandshake
 
 EXTENSION = "scanwire.wire"
 _GRACE_S = 1  # for the application, which has the same deadline for a body and a better answer
@@ -193,7 +193,7 @@ class Guard(asyncio.Protocol):
             self.transport.abort()
 
 
-class HttpGuard(Guard, HttpToolsProtocol):
+class HttpGuard(Guard, HttpHandshake):
     __slots__ = ()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -295,7 +295,7 @@ class HttpGuard(Guard, HttpToolsProtocol):
             self.transport.abort()
 
 
-class WebSocketGuard(Guard, WebSocketsSansIOProtocol):
+class WebSocketGuard(Guard, WebSocketHandshake):
     __slots__ = ()
 
     def pause_writing(self) -> None:

@@ -141,8 +141,7 @@ class WebSocketConnection(Connection, WebSocketGuard):
 
     def _let_go(self, scope: Scope) -> None:
         super()._let_go(scope)
-        self.request.headers.clear()
-        self.response.headers.clear()
+        self.forget_handshake()
 
     def finish(self) -> None:
         if self._turned is not None:
