@@ -224,3 +224,25 @@ async def test_own_fields_of_the_server_are_in_the_answer() -> None:
     async with serve_both(ws_per_message_deflate=False, headers=[("x-server", "1")]) as servers:
         (_, fields, _), is_plain = await compare(servers, write_head(PLAIN))
         assert (fields[b"x-server"], is_plain) == (b"1", True)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (write_head(PLAIN | {"Content-Length": "3"}), b"400"),
+        (write_head(PLAIN | {"Transfer-Encoding": "chunked"}), b"400"),
+        (write_head(PLAIN, path="/caf\u00e9"), b"400"),
+        (write_head(PLAIN, method="POST") + b"{}", b"405"),
+        (write_head({f"X-{number}": "" for number in range(124)} | PLAIN | {"Content-Length": "0"}), b"431"),
+        (write_head(PLAIN | {"X-Long": "x" * 8200, "Content-Length": "0"}), b"431"),
+    ],
+)
+async def test_what_cannot_be_read_as_a_handshake_is_refused_where_uvicorn_alone_would_wait_for_ever(
+    head: bytes, status: bytes
+) -> None:
+    async with serve(HttpConnection, WebSocketConnection) as (url, app), meet(url) as peer:
+        await peer.send(head)
+        line, _, _ = await peer.read_answer()
+        assert line.split()[1] == status
+        assert await peer.read_rest() == b""
+        assert app.scopes == []

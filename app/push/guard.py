@@ -316,6 +316,8 @@ class WebSocketGuard(Guard, WebSocketHandshake):
     def take_data(self, data: bytes) -> None:
         self._is_silent = False
         super().take_data(data)
+        if not self.handshake_initiated:  # all of the request was there, and it is none that `websockets` can read
+            self._refuse_handshake()
 
     def check_life(self) -> None:
         """At a heartbeat: a peer that has said nothing since the last one is gone."""
@@ -336,6 +338,16 @@ class WebSocketGuard(Guard, WebSocketHandshake):
             super().handle_cont(event)
         else:
             self._fail(1009, "too many fragments")
+
+    def _refuse_handshake(self) -> None:
+        """uvicorn would keep the connection for ever, and send nothing; not even the answer that may be ready."""
+        advice = "This is no handshake of a WebSocket: GET by HTTP/1.1, without a body (RFC 6455, 4.1)."
+        problem = orjson.dumps(InvalidRequest(advice).to_problem())
+        head = STATUS_LINE[400] + b"content-type: application/problem+json\r\nconnection: close\r\n"
+        answer = head + b"content-length: %d\r\n\r\n" % len(problem) + problem
+        self.transport.write(b"".join(self.conn.data_to_send()) or answer)
+        self.expect_close()
+        self.transport.close()
 
     def _fail(self, code: int, reason: str) -> None:
         if not self.close_sent:
