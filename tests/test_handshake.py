@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from itertools import combinations
 from typing import Any
 
@@ -19,8 +19,6 @@ from app.push.guard import EXTENSION, Bounds
 from app.push.wire import HttpConnection, WebSocketConnection
 from tests.conftest import until
 from tests.peers import Peer, meet
-
-Fields = Sequence[tuple[str, str]]
 
 PLAIN: dict[str, str] = {
     "Host": "scans.example",
