@@ -59,8 +59,10 @@ class Head:
     @property
     def is_whole(self) -> bool:
         """Whether the request that it was made of came whole, and alone: else others cannot be told by it."""
-        size = int(self._fields.get(b"content-length", b"0"))
-        return self._whole.endswith(b"\r\n\r\n") and self._size == len(self._whole) + size
+        length = self._fields.get(b"content-length", b"0")
+        if not self._whole.endswith(b"\r\n\r\n") or not _LENGTH.fullmatch(length):
+            return False
+        return self._size == len(self._whole) + int(length)
 
 
 # Is given the varying fields and the body, and answers; False when this request has to go the long way.
