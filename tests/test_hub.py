@@ -24,6 +24,7 @@ from app.core.event import Cursor, Event
 from app.core.scan import Progress, State
 from app.log import eventlog as eventlog_module
 from app.log.eventlog import EventLog
+from app.push import channel as channel_module
 from app.push import hub as hub_module
 from app.push import reader as reader_module
 from app.push.hub import Hub
@@ -152,7 +153,7 @@ class Pushing(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(eventlog_module, "to_thread", TurnedThreads)
         self.patch.setattr(reader_module, "READ_BYTES", page)
-        self.patch.setattr(hub_module, "BLOCK", 2)
+        self.patch.setattr(channel_module, "BLOCK", 2)
         self.patch.setattr(hub_module, "TURN_S", -1.0)  # each turn of the loop writes to one block, or a few readers
         self.loop = asyncio.new_event_loop()
         self.log: EventLog = make_log(memory_bytes)

@@ -7,49 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from typing import NamedTuple
 
-from app.core.event import Cursor, Event
+from app.core.event import Cursor
 from app.log.eventlog import EventLog
+from app.push.channel import BLOCK, Channel
 from app.push.frames import Framing
 from app.push.parting import Parting
 from app.push.puller import Puller
-from app.push.reader import Watch
-from app.push.subscriber import Block, Pusher, Subscriber, Wire
+from app.push.subscriber import Pusher, Subscriber, Wire
 
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
-BLOCK = 32  # pushers in a block at most
 # What is written in one turn of the loop, and how long it may work at it; then others have their turn.
 TURN_WRITES = 512
 TURN_S = 0.004
 REST = 3  # after a flush, the next one waits for so many times as long as that took, up to `batch_max_ms`
-
-
-class Channel:
-    """A watched scan: who watches it, and what those that are level with it were told."""
-
-    __slots__ = ("after", "blocks", "progress", "readers")
-
-    def __init__(self, after: int, progress: Event | None) -> None:
-        self.after = after
-        self.progress = progress
-        self.blocks: list[Block] = []  # those that are level
-        self.readers: dict[Subscriber, None] = {}  # the others, who read for themselves
-
-    def join(self, pusher: Pusher) -> None:
-        """From now on this one, which is level, stands in a block."""
-        block = next((block for block in reversed(self.blocks) if block.framing is pusher.framing), None)
-        if block is None or len(block.members) >= BLOCK or not self.is_level(block):
-            block = Block(pusher.framing, self.after, self.progress, self._part)
-            self.blocks.append(block)
-        del self.readers[pusher]
-        block.join(pusher)
-
-    def is_level(self, one: Block | Watch) -> bool:
-        return one.after == self.after and one.progress is self.progress
-
-    def _part(self, block: Block, pusher: Pusher) -> None:
-        self.readers[pusher] = None
-        if not block.members:
-            self.blocks.remove(block)
 
 
 class HubStatistics(NamedTuple):
@@ -144,7 +114,7 @@ class Hub:
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
             is_last = scan is None or scan.state.is_terminal
             frames: dict[Framing, bytes] = {}
-            readers = list(channel.readers)
+            woken: list[Subscriber] = []
             for block in blocks:
                 if is_whole:
                     if block.framing not in frames:
@@ -152,8 +122,8 @@ class Hub:
                     block.tell(frames[block.framing], len(batch), channel.after, channel.progress)
                     yield len(block.members)
                 if is_last or not is_whole:
-                    readers += block.members
-            for place, subscriber in enumerate(readers, 1):
+                    woken += block.members
+            for place, subscriber in enumerate((*channel.readers, *woken), 1):
                 subscriber.wake()
                 if place % BLOCK == 0:
                     yield BLOCK

@@ -62,45 +62,11 @@ class Wire(Protocol):
         """Breaks the connection off."""
 
 
-class Block:
-    """Some pushers that have read one scan equally far: what is new for one is new for all.
-
-    Where they stand is known here, and not by each of them, so that to write to one costs little more than the write.
-    """
-
-    __slots__ = ("_parted", "after", "framing", "members", "progress", "pushed")
-
-    def __init__(
-        self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", "Pusher"], None]
-    ) -> None:
-        self.framing = framing
-        self.after = after
-        self.progress = progress
-        self.pushed = 0  # events given to each member
-        self.members: dict[Pusher, asyncio.WriteTransport] = {}
-        self._parted = parted
-
-    def join(self, pusher: "Pusher") -> None:
-        self.members[pusher] = pusher.wire.transport
-        pusher.block = self
-        pusher.pushed -= self.pushed
-
-    def tell(self, data: bytes, count: int, after: int, progress: Event | None) -> None:
-        """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them."""
-        self.after, self.progress = after, progress
-        self.pushed += count
-        for transport in tuple(self.members.values()):
-            if not transport.is_closing():
-                transport.write(data)
+class Stand(Protocol):
+    """Where a pusher stands that has read all there is; `app.push.channel` has it."""
 
     def part(self, pusher: "Pusher") -> None:
-        """From now on it stands for itself, right here."""
-        del self.members[pusher]
-        pusher.block = None
-        pusher.pushed += self.pushed
-        (watch,) = pusher.watches.values()
-        watch.after, watch.progress = self.after, self.progress
-        self._parted(self, pusher)
+        """From now on it reads for itself, from here."""
 
 
 class Pusher(Subscriber):
@@ -126,7 +92,7 @@ class Pusher(Subscriber):
         self.client = client
         self.wire = wire
         self.framing = framing
-        self.block: Block | None = None
+        self.block: Stand | None = None
         self._level = level
         self._ends = ends
         self._reading: asyncio.Task[None] | None = None
