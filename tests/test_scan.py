@@ -1,8 +1,10 @@
 """Rules of core: states, folding, cursors, digests, estimates."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from app.core.errors import InvalidCursor, WrongState
 from app.core.estimate import POLL_MAX_S, estimate_end, estimate_rest, estimate_starts, hint_poll
 from app.core.event import Cursor, EventType, make_event
-from app.core.scan import Scan, State, canonical_row, check_transition, digest_rows, make_same_key
+from app.core.scan import Producer, Scan, State, canonical_row, check_transition, digest_rows, make_same_key
 
 QUEUED = (EventType.QUEUED, {"position": 1, "eta_s": (0.0, 1.0)})
 STARTED = (EventType.STARTED, {"attempt": 1})
@@ -204,3 +206,12 @@ def test_poll_hints_grow_by_a_fifth_while_nothing_changes() -> None:
         hints.append(hint_poll(None, hints[-1], 0.0))
     assert all(later >= min(earlier * 1.2, 30) - 0.001 for earlier, later in itertools.pairwise(hints))
     assert hints[-1] == 30
+
+
+def test_a_record_that_counts_what_a_producer_sent_is_still_read() -> None:
+    scan = replace(make_scan(), producer=Producer(token_hash="0" * 64, seq=3, dropped=2), matches=5)
+    record = orjson.loads(scan.to_record())
+    assert Scan.from_record(orjson.dumps(record)) == scan
+    del record["producer"]["dropped"]
+    record["producer"]["found"] = 7
+    assert Scan.from_record(orjson.dumps(record)) == scan

@@ -77,7 +77,7 @@ class Producer:
     seq: int = 0  # of its last numbered request
     done: int = 0
     total: int | None = None
-    found: int = 0  # rows it sent, kept or not
+    dropped: int = 0  # rows it sent that were not kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +139,9 @@ class Scan:
             check_transition(self.state, here["state"])
         return _replace(self, here)
 
+    def with_producer(self, producer: Producer) -> "Scan":
+        return _replace(self, {"producer": producer})
+
     def to_record(self) -> bytes:
         """The scan as the journal keeps it."""
         return orjson.dumps(self)
@@ -148,8 +151,10 @@ class Scan:
         values = orjson.loads(record)
         for name in ("idempotency", "eta_s"):
             values[name] = None if values[name] is None else tuple(values[name])
-        if values.get("producer") is not None:
-            values["producer"] = Producer(**values["producer"])
+        if (producer := values.get("producer")) is not None:
+            if "found" in producer:  # as it was recorded once: rows it sent, kept or not
+                producer["dropped"] = producer.pop("found") - values["matches"]
+            values["producer"] = Producer(**producer)
         return cls(**values | {"state": State(values["state"])})
 
 

@@ -32,6 +32,7 @@ class _Work:
     unit: str
     started_ts: int
     producer: Producer
+    recorded: Producer  # as the log has it
     heard: float  # when its producer was last heard of, on the clock of Producers
     digest: "hashlib._Hash"
     kept: int = 0  # rows
@@ -49,10 +50,10 @@ class _Draft:
     """What a request would make of the work. Until it is accepted, nothing has happened."""
 
     producer: Producer
-    digest: "hashlib._Hash"
     kept: int
     kept_bytes: int
     rows: list[Row]  # new ones
+    lines: list[bytes]  # what the digest is fed with
     said: ProgressMade | None = None  # the last
     phase: str | None = None
     end: WorkEnded | None = None
@@ -117,6 +118,7 @@ class Producers:
             unit=scan.params["unit"],
             started_ts=scan.started_ts or self._log.now_ms(),
             producer=scan.producer,
+            recorded=scan.producer,
             heard=now,
             digest=hashlib.sha256(),
             since=now,
@@ -187,9 +189,7 @@ class Producers:
         if count > self._settings.max_events_per_request:
             limit = self._settings.max_events_per_request
             raise InvalidParams.of("events", f"there are {count} events and rows; send at most {limit} in one request")
-        draft = _Draft(
-            producer=work.producer, digest=work.digest.copy(), kept=work.kept, kept_bytes=work.kept_bytes, rows=[]
-        )
+        draft = _Draft(producer=work.producer, kept=work.kept, kept_bytes=work.kept_bytes, rows=[], lines=[])
         for place, one in enumerate(said):
             if draft.end is not None:
                 raise InvalidParams.of(f"events.{place}", "comes after the end")
@@ -215,25 +215,28 @@ class Producers:
 
     def _draft_rows(self, draft: _Draft, rows: Sequence[Row], field: str) -> None:
         settings = self._settings
-        found = draft.producer.found
+        dropped = draft.producer.dropped
         for place, row in enumerate(rows):
             line = canonical_row(row) + b"\n"
             if len(line) - 1 > settings.max_row_bytes:
                 raise InvalidParams.of(f"{field}.{place}", f"has more than {settings.max_row_bytes} bytes")
             has_place = draft.kept < settings.max_matches and draft.kept_bytes + len(line) <= settings.max_rows_bytes
-            if has_place and draft.kept == found:  # behind one that was not kept, none is
+            if has_place and not dropped:  # behind one that was not kept, none is
                 draft.rows.append(row)
-                draft.digest.update(line)
+                draft.lines.append(line)
                 draft.kept, draft.kept_bytes = draft.kept + 1, draft.kept_bytes + len(line)
-            found += 1
-        draft.producer = replace(draft.producer, found=found)
+            else:
+                dropped += 1
+        if dropped:
+            draft.producer = replace(draft.producer, dropped=dropped)
 
     def _accept(self, work: _Work, draft: _Draft, *, is_numbered: bool) -> "asyncio.Future[Scan]":
         # Progress alone is not kept, except with the number of its request; rows are, if only as a count.
-        is_kept = is_numbered or draft.producer.found > work.producer.found
+        is_kept = is_numbered or bool(draft.rows) or draft.producer.dropped > work.producer.dropped
         work.heard = self._clock()
-        work.producer, work.digest = draft.producer, draft.digest
+        work.producer = draft.producer
         work.kept, work.kept_bytes = draft.kept, draft.kept_bytes
+        work.digest.update(b"".join(draft.lines))
         if draft.said is not None:
             self._note_progress(work, draft)
         # A chunk is what became one event; the first of them is the second event of its scan.
@@ -246,13 +249,15 @@ class Producers:
             state = State(draft.end.state)
             error = ProducerFailed(draft.end.error or "It gave no reason.") if state is State.FAILED else None
             return self._end(work, state, error, parts)
-        if is_kept:
-            scan = self._log.append_nowait(work.scan_id, *parts, producer=work.producer)
-        else:
-            scan = self._get_at_once(work.scan_id)
+        scan = self._append(work, *parts) if is_kept else self._get_at_once(work.scan_id)
         if draft.said is not None:
             _then(scan, partial(self._publish, work))
         return scan
+
+    def _append(self, work: _Work, *parts: Part) -> "asyncio.Future[Scan]":
+        is_new = work.producer is not work.recorded
+        work.recorded = work.producer
+        return self._log.append_nowait(work.scan_id, *parts, producer=work.producer if is_new else None)
 
     def _note_progress(self, work: _Work, draft: _Draft) -> None:
         now, before, producer = self._clock(), work.progress, draft.producer
@@ -303,13 +308,13 @@ class Producers:
         data = make_end(
             state,
             matches=work.kept,
-            found=work.producer.found,
+            found=work.kept + work.producer.dropped,
             last_seq=self._log.next_seq(work.scan_id) + len(parts),
             digest=work.digest.hexdigest(),
             elapsed_s=elapsed_s,
             error=None if error is None else error.to_problem(),
         )
-        scan = self._log.append_nowait(work.scan_id, *parts, (EventType.END, data), producer=work.producer)
+        scan = self._append(work, *parts, (EventType.END, data))
         _then(scan, partial(self._finish, work))
         return scan
 

@@ -172,9 +172,10 @@ class EventLog:
             tip = tip.fold(type_, data, ts, n)
             events.append(make_event(type_, scan_id, tip.seq, data, ts, Cursor(self.epoch, n)))
         if producer is not None:
-            tip = replace(tip, producer=producer)
+            tip = tip.with_producer(producer)
         log.tip, self._last_n = tip, n
-        return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint))
+        is_told = producer is None
+        return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint, is_told=is_told))
 
     def _write(self, write: Write) -> "asyncio.Future[Scan]":
         loop = asyncio.get_running_loop()

@@ -33,6 +33,7 @@ class Write:
     scan: Scan
     events: tuple[Event, ...] = ()
     checkpoint: Checkpoint | None = None
+    is_told: bool = True  # whether the events tell all that is new in the scan
     trims: bool = False  # forget all events but the end, and the checkpoints
     removes: bool = False  # forget the scan
 

@@ -344,7 +344,7 @@ def renew_epoch(connection: sqlite3.Connection, epoch: str) -> None:
 
 def _can_be_folded(write: Write) -> bool:
     """Matches make the same of a scan whenever they are read, so its record need not be written with each of them."""
-    if write.scan.producer is not None:
+    if not write.is_told:
         return False
     for event in write.events:  # not `all`, which takes twice as long, for every write
         if event.type is not EventType.MATCHES:

@@ -64,7 +64,7 @@ async def fill(path: Path) -> None:
         log.create(outside)
         await log.append("s_outside", started(outside))
         matches = (EventType.MATCHES, {"chunk": 0, "rows": ROWS})
-        await log.append("s_outside", matches, producer=Producer(token_hash="0" * 64, seq=1, found=len(ROWS)))
+        await log.append("s_outside", matches, producer=Producer(token_hash="0" * 64, seq=1))
         await finish(log, "s_trimmed", 2)
         await log.trim("s_trimmed")
         await asyncio.gather(finish(log, "s_small", 3, 3), finish(log, "s_large", 11), find(log, "s_running", 7))
