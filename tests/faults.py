@@ -91,7 +91,7 @@ def drop_retry_after(scope: Scope, answer: Answer) -> None:
 def promise_too_short_waits(scope: Scope, answer: Answer) -> None:
     problem = orjson.loads(answer.body) if answer.status == 429 else {}
     if problem.get("limit") == "submit":
-        _change_json(answer, retry_after_s=problem["retry_after_s"] * 0.7)
+        _change_json(answer, retry_after_s=problem["retry_after_s"] * 0.9)
 
 
 async def ignore_limits(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:

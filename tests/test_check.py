@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,44 @@ from app.commands.check import Result, Wanted, check_server
 from app.core.settings import hash_key
 from app.follow import ClientError
 from tests import faults
+from tests.conftest import until
 from tests.faults import Switch, list_failed
 from tests.serving import Serving, serve
 from tests.test_cli import find_port, run
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("trial_scanners")]
 
-FASTER = 20  # the clock of the limits and the waits of the check run so many times as fast
-# As the defaults are, but for reads: those are counted in real time, and come back in it.
+# As the defaults are.
 LIMITS: dict[str, Any] = {
     "submit_per_min": 2,
     "read_burst": 20,
-    "read_per_s": 0.5,
+    "read_per_s": 5,
     "connect_burst": 10,
     "connect_per_s": 2,
 }
 
 
-async def sleep(seconds: float) -> None:
-    await asyncio.sleep(seconds / FASTER)
+class Skipping:
+    """The time of the limits and of the check: it passes as it does, and what would be waited for is skipped."""
 
+    def __init__(self) -> None:
+        self._skipped_s = 0.0
 
-def run_clock() -> float:
-    return time.monotonic() * FASTER
+    def clock(self) -> float:
+        return time.monotonic() + self._skipped_s
+
+    def make_sleep(self, serving: Serving) -> Callable[[float], Awaitable[None]]:
+        """A wait in which whatever scan runs on this server comes to its end, but for one that is worked elsewhere."""
+
+        def has_ended() -> bool:
+            scans = serving.service.log.list_scans()
+            return all(scan.state.is_terminal or scan.scanner == "external" for scan in scans)
+
+        async def sleep(seconds: float) -> None:
+            await until(has_ended)
+            self._skipped_s += seconds
+
+        return sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +63,17 @@ class Broken:
 
     serving: Serving
     switch: Switch
+    time: Skipping
+
+    def begin(self, **wanted: Any) -> AsyncGenerator[Result, None]:
+        self.serving.service.limits._buckets.clear()
+        asked = {"scanner": None, "max_scan_s": 30, "max_answer_s": 2, "as_json": False, "junit": None}
+        all_wanted = Wanted(**{"url": self.serving.url, "api_key": None, **asked, **wanted})
+        return check_server(all_wanted, lambda text: None, self.time.make_sleep(self.serving), self.time.clock)
 
     async def check(self, **wanted: Any) -> list[Result]:
-        limits = self.serving.service.limits
-        limits._buckets.clear()
-        asked = {"scanner": None, "max_scan_s": 30, "max_answer_s": 2, "as_json": False, "junit": None}
-
-        coming = check_server(
-            Wanted(**{"url": self.serving.url, "api_key": None, **asked, **wanted}), lambda text: None, sleep, run_clock
-        )
         async with asyncio.timeout(60):
-            return [result async for result in coming]
+            return [result async for result in self.begin(**wanted)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -74,8 +89,9 @@ async def broken(
     async with serve(
         tmp_path_factory.mktemp("state"), sample_prices, wrap=wrap, chunk_rows=1, max_active_per_client=8, **LIMITS
     ) as serving:
-        serving.service.limits._clock = run_clock
-        yield Broken(serving, switches[0])
+        skipping = Skipping()
+        serving.service.limits._clock = skipping.clock
+        yield Broken(serving, switches[0], skipping)
 
 
 @pytest.fixture(autouse=True)
@@ -157,9 +173,7 @@ async def test_where_the_routes_of_old_are_not_served_they_are_not_checked(broke
 
 
 async def test_a_check_that_is_broken_off_leaves_nothing_behind(broken: Broken) -> None:
-    broken.serving.service.limits._buckets.clear()
-    wanted = Wanted(broken.serving.url, None, None, 30, 2, False, None)
-    coming = check_server(wanted, lambda text: None, sleep, run_clock)
+    coming = broken.begin()
     async for result in coming:
         if result.check == "poll hints":
             break
@@ -184,28 +198,36 @@ async def test_what_is_no_scanwire_cannot_be_checked(broken: Broken) -> None:
 async def test_on_the_command_line_a_key_opens_the_server_and_the_exit_code_tells(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    async with serve(tmp_path / "state", sample_prices, api_keys=(f"ci:{hash_key('sesame')}",)) as serving:
-        junit = tmp_path / "junit.xml"
-        words = ("check", "--url", serving.url)
-        none, wrong = await asyncio.gather(run(*words), run(*words, "--api-key", "wrong"))
-        assert (none.code, wrong.code, none.out + wrong.out) == (2, 2, "")
-        assert "API key" in none.err
-        assert "API key" in wrong.err
+    keys = {"api_keys": (f"ci:{hash_key('sesame')}",)}
+    junit = tmp_path / "junit.xml"
+    # One server for each check that goes through: neither is to see the streams and scans of the other.
+    async with (
+        serve(tmp_path / "first", sample_prices, **keys) as first,
+        serve(tmp_path / "second", sample_prices, **keys) as second,
+    ):
+        none, wrong = await asyncio.gather(
+            run("check", "--url", first.url), run("check", "--url", first.url, "--api-key", "wrong")
+        )
+        table, lines = await asyncio.gather(
+            run("check", "--url", first.url, "--api-key", "sesame", "--junit", str(junit)),
+            run("check", "--url", second.url, "--json", "--max-answer-s", "0.0001", SCANWIRE_API_KEY="sesame"),
+        )
+    assert (none.code, wrong.code, none.out + wrong.out) == (2, 2, "")
+    assert "API key" in none.err
+    assert "API key" in wrong.err
 
-        table = await run(*words, "--api-key", "sesame", "--junit", str(junit))
-        assert table.code == 0, table.out
-        rows = table.out.splitlines()
-        assert all(row.startswith(("pass  ", "n/a   ")) for row in rows[:-1])
-        assert rows[-1].startswith("23 pass, 3 n/a in ")
-        suites = ElementTree.parse(junit).getroot()
-        assert len(suites.findall("testsuite/testcase")) == len(rows) - 1
-        assert [case.get("name") for case in suites.findall(".//testcase[skipped]")] == [
-            *("read limit", "submit limit", "legacy rate limit")
-        ]
+    assert table.code == 0, table.out
+    rows = table.out.splitlines()
+    assert all(row.startswith(("pass  ", "n/a   ")) for row in rows[:-1])
+    assert rows[-1].startswith("23 pass, 3 n/a in ")
+    suites = ElementTree.parse(junit).getroot()
+    assert len(suites.findall("testsuite/testcase")) == len(rows) - 1
+    assert [case.get("name") for case in suites.findall(".//testcase[skipped]")] == [
+        *("read limit", "submit limit", "legacy rate limit")
+    ]
 
-        lines = await run(*words, "--json", "--max-answer-s", "0.0001", SCANWIRE_API_KEY="sesame")
-        assert lines.code == 1, lines.out
-        results = [json.loads(line) for line in lines.out.splitlines()]
-        failed = {result["check"]: result["evidence"] for result in results if result["outcome"] == "fail"}
-        assert failed.keys() == {"answer time", "legacy answer time"}
-        assert all(evidence.endswith("; 0.0001 s are the target") for evidence in failed.values())
+    assert lines.code == 1, lines.out
+    results = [json.loads(line) for line in lines.out.splitlines()]
+    failed = {result["check"]: result["evidence"] for result in results if result["outcome"] == "fail"}
+    assert failed.keys() == {"answer time", "legacy answer time"}
+    assert all(evidence.endswith("; 0.0001 s are the target") for evidence in failed.values())

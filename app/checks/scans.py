@@ -92,16 +92,16 @@ async def check_sessions(course: Course) -> str:
         for _ in range(STREAMS):
             await stack.enter_async_context(probe.stream(NDJSON, scan_id))
         counts.append((await read_metrics(probe)).get("scanwire_streams"))
-    until = time.monotonic() + SOON_S
+    until = probe.clock() + SOON_S
     before, during = counts
     if before is None or during is None:
         raise NotApplicable("/metrics has no scanwire_streams")
     if during < before + STREAMS:
         raise NotApplicable(f"streams of others come and go: {before:g} before, {during:g} with {STREAMS} of ours")
     while (after := (await read_metrics(probe)).get("scanwire_streams", 0)) > during - STREAMS:
-        if time.monotonic() > until:
+        if probe.clock() > until:
             fail(f"{during:g} streams with {STREAMS} of ours, and {after:g} still {SOON_S:g} s after ours were closed")
-        await asyncio.sleep(0.1)
+        await probe.wait(0.1, "the end of streams that were closed")
     return f"{before:g} streams before, {during:g} with {STREAMS} of ours, {after:g} after they were closed"
 
 
