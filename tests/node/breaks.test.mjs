@@ -57,26 +57,6 @@ for (const transport of TRANSPORTS) {
     await check();
   });
 
-  test(`a server that is killed and started again goes on where it was by ${transport}`, async (t) => {
-    const own = await Server.start();
-    t.after(() => own.stop());
-    const production = await own.produce();
-    const scanwire = open(t, own.url, { transports: [transport], random: () => 0.1 });
-    const got = collect(scanwire.watch(production.id));
-    await production.find(3);
-    await until(() => got.rows.length === 3);
-    await own.kill();
-    await until(() => scanwire.state.name === "offline");
-    assert.ok(scanwire.state.until > Date.now() - 1000 && scanwire.state.reason.length > 0);
-    await own.run();
-    await production.find(2);
-    await production.end();
-    await until(() => got.events.at(-1)?.type === "end", 20_000);
-    assert.equal(scanwire.state.transport ?? transport, transport);
-    await checkComplete(own, production.id, got.events);
-    assert.deepEqual(got.rows, production.rows);
-  });
-
   test(`a cursor of another epoch is answered with a reset by ${transport}`, async (t) => {
     const production = await server.produce();
     await production.find(3);
@@ -91,6 +71,32 @@ for (const transport of TRANSPORTS) {
     await checkComplete(server, production.id, got.events);
   });
 }
+
+test("a server that is killed and started again goes on where it was, by each transport", async (t) => {
+  const own = await Server.start();
+  t.after(() => own.stop());
+  const production = await own.produce();
+  const readers = TRANSPORTS.map((transport) => {
+    const scanwire = open(t, own.url, { transports: [transport], random: () => 0.1 });
+    return { transport, scanwire, got: collect(scanwire.watch(production.id)) };
+  });
+  await production.find(3);
+  for (const { got } of readers) await until(() => got.rows.length === 3);
+  await own.kill();
+  for (const { scanwire } of readers) {
+    await until(() => scanwire.state.name === "offline");
+    assert.ok(scanwire.state.until > Date.now() - 1000 && scanwire.state.reason.length > 0);
+  }
+  await own.run();
+  await production.find(2);
+  await production.end();
+  for (const { transport, scanwire, got } of readers) {
+    await until(() => got.events.at(-1)?.type === "end", 20_000);
+    assert.equal(scanwire.state.transport ?? transport, transport);
+    await checkComplete(own, production.id, got.events);
+    assert.deepEqual(got.rows, production.rows, transport);
+  }
+});
 
 test("a stream cut after any byte loses and repeats nothing", async (t) => {
   const production = await server.produce();
@@ -275,24 +281,25 @@ test("a WebSocket that falls silent is asked, and left when it does not answer",
   await check();
 });
 
-test("a server that stops says bye, and is found again", async (t) => {
+test("a server that stops says bye, and is found again, by each stream", async (t) => {
   const own = await Server.start();
   t.after(() => own.stop());
-  for (const transport of TRANSPORTS.slice(0, 3)) {
-    const production = await own.produce();
+  const production = await own.produce();
+  const readers = TRANSPORTS.slice(0, 3).map((transport) => {
     const scanwire = open(t, own.url, { transports: [transport], random: () => 0.1 });
-    const states = watchStates(scanwire);
-    const got = collect(scanwire.watch(production.id));
-    await production.find(2);
-    await until(() => got.rows.length === 2);
-    await own.kill("SIGTERM");
-    await until(() => states.some(({ reason }) => reason === "The server is stopping."));
-    await own.run();
-    await production.find(1);
-    await production.end();
+    return { transport, states: watchStates(scanwire), got: collect(scanwire.watch(production.id)) };
+  });
+  await production.find(2);
+  for (const { got } of readers) await until(() => got.rows.length === 2);
+  await own.kill("SIGTERM");
+  for (const { states } of readers) await until(() => states.some(({ reason }) => reason === "The server is stopping."));
+  await own.run();
+  await production.find(1);
+  await production.end();
+  for (const { transport, got } of readers) {
     await until(() => got.events.at(-1)?.type === "end", 20_000);
     await checkComplete(own, production.id, got.events);
-    scanwire.close();
+    assert.deepEqual(got.rows, production.rows, transport);
   }
 });
 
