@@ -198,7 +198,7 @@ async def test_what_is_no_scanwire_cannot_be_checked(broken: Broken) -> None:
 async def test_on_the_command_line_a_key_opens_the_server_and_the_exit_code_tells(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    keys = {"api_keys": (f"ci:{hash_key('sesame')}",)}
+    keys: dict[str, Any] = {"api_keys": (f"ci:{hash_key('sesame')}",)}
     junit = tmp_path / "junit.xml"
     # One server for each check that goes through: neither is to see the streams and scans of the other.
     async with (
