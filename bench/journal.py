@@ -24,7 +24,8 @@ from app.core.event import Cursor, EventType, make_event
 from app.core.scan import Scan
 from app.log.eventlog import EventLog
 from app.log.journal import Write
-from app.log.sqlite import Durability, SqliteJournal, create
+from app.log.schema import INSERT_EVENT, create
+from app.log.sqlite import Durability, SqliteJournal
 from bench.measure import print_table
 
 APPENDERS = (1, 10, 100)
@@ -98,10 +99,7 @@ def measure_bare(path: Path, durability: Durability, seconds: float) -> Cost:
         began = time.perf_counter()
         while time.perf_counter() < began + seconds:
             count += 1
-            connection.execute(
-                "INSERT INTO events (scan, n, seq, type, id, ts, json) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (scan, count, count, event.type, event.id, event.ts, event.json),
-            )
+            connection.execute(INSERT_EVENT, (count, scan, count, event.type.value, event.ts, event.json))
         took_s = time.perf_counter() - began
     check(path, count)
     return Cost(count / took_s, count / took_s)

@@ -15,11 +15,15 @@ import orjson
 from app.core.errors import JournalUnavailable, WrongState
 from app.core.event import Event, EventType
 from app.core.scan import Scan, State, feed_digest
-from app.log.sqlite import SCHEMA_VERSION
+from app.log.schema import COLUMNS, SCHEMA_VERSION
 
 PROBLEMS_MAX = 100  # found in one check; more would tell nobody more
 MISFITS = (WrongState, KeyError, ValueError, TypeError)  # what folding events that were never written may raise
-COLUMNS = "scan, n, seq, type, id, ts, json"
+_UNPLACED = """
+SELECT scan, n FROM events
+WHERE n <= ? AND NOT EXISTS (SELECT 1 FROM places WHERE places.scan = events.scan AND places.n = events.n)
+"""
+_NOWHERE = "SELECT scan, n FROM places WHERE n > ? OR NOT EXISTS (SELECT 1 FROM events WHERE events.n = places.n)"
 
 
 @dataclass(slots=True)
@@ -41,10 +45,10 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
 def check_journal(path: Path) -> Findings:
     """Reads the journal from end to end; a server may be at work on it. Raises JournalUnavailable when there is none.
 
-    The rules: an event's JSON says the same as its columns; no two events have one number `n`, and none is past the
-    last one given out; in a scan `seq` counts from 1 without a gap while `n` grows; a scan has its record, and that is
-    what its events make of it; a finished scan has one end, as its last event, and rows with the digest named there;
-    a trimmed one has its end and nothing else; of one that goes on, every chunk with matches is checked off.
+    The rules: an event's JSON says the same as its columns; where a scan's events lie is noted as it is; in a scan
+    `seq` counts from 1 without a gap while `n` grows; a scan has its record, and that is what its events make of it; a
+    finished scan has one end, as its last event, and rows with the digest named there; a trimmed one has its end and
+    nothing else; of one that goes on, every chunk with matches is checked off.
     """
     if not path.is_file():
         raise JournalUnavailable(f"There is no journal at {path}. Name its directory with --state-dir.")
@@ -70,8 +74,8 @@ def check_journal(path: Path) -> Findings:
 
 def _find_problems(connection: sqlite3.Connection, findings: Findings) -> Iterator[str]:
     meta = dict(connection.execute("SELECT key, value FROM meta"))
-    epoch, last_n = meta.get("epoch"), meta.get("last_n")
-    if not isinstance(epoch, str) or not isinstance(last_n, int):
+    epoch, placed_n = meta.get("epoch"), meta.get("placed_n")
+    if not isinstance(epoch, str) or not isinstance(placed_n, int):
         yield "Its epoch or its last number is missing."
         return
     records: dict[str, Scan] = {}
@@ -81,23 +85,25 @@ def _find_problems(connection: sqlite3.Connection, findings: Findings) -> Iterat
         except ValueError as error:
             yield f"scan {id}: its record cannot be read ({error})"
     findings.scans = len(records)
-    for n, count in connection.execute("SELECT n, count(*) FROM events GROUP BY n HAVING count(*) > 1"):
-        yield f"number {n} was given to {count} events"
+    for id, n in connection.execute(_UNPLACED, (placed_n,)):
+        yield f"scan {id}: the event with number {n} is not noted with it"
+    for id, n in connection.execute(_NOWHERE, (placed_n,)):
+        yield f"scan {id}: the event with number {n} is not where it was noted"
     checked: dict[str, set[int]] = {}
     for id, chunk in connection.execute("SELECT scan, chunk FROM checkpoints"):
         checked.setdefault(id, set()).add(chunk)
-    rows = connection.execute(f"SELECT {COLUMNS} FROM events ORDER BY scan, n")
-    for id, of_scan in groupby(rows, key=lambda row: str(row[0])):
+    rows = connection.execute(f"SELECT {COLUMNS} FROM events_by_scan ORDER BY scan, n")
+    for id, of_scan in groupby(rows, key=lambda row: str(row[1])):
         events: list[Event] = []
         for row in of_scan:
             findings.events += 1
             try:
                 event = parse_event(row)
             except ValueError as error:
-                yield f"scan {id}: the event with number {row[1]} cannot be read ({error})"
+                yield f"scan {id}: the event with number {row[0]} cannot be read ({error})"
                 continue
             events.append(event)
-            if event.id != f"{epoch}-{event.n}" or not 0 < (event.n or 0) <= last_n:
+            if event.id != f"{epoch}-{event.n}" or (event.n or 0) <= 0:
                 yield f"scan {id}: event {event.seq} has the cursor {event.id}, which was never given out"
         scan = records.pop(id, None)
         if scan is None:
@@ -120,13 +126,13 @@ def parse_record(id: Any, record: Any) -> Scan:
 
 def parse_event(row: Sequence[Any]) -> Event:
     """The event in a row of COLUMNS. Raises ValueError unless its JSON says the same as its columns."""
-    scan, n, seq, type_, id, ts, json = row
+    n, scan, seq, type_, ts, json = row
     try:
         said = orjson.loads(json)
-        is_same = (said["scan"], said["seq"], said["type"], said["ts"], said["id"]) == (scan, seq, type_, ts, id)
-        if not is_same or not isinstance(said["data"], dict) or id.rpartition("-")[2] != str(n):
+        is_same = (said["scan"], said["seq"], said["type"], said["ts"]) == (scan, seq, type_, ts)
+        if not is_same or not isinstance(said["data"], dict) or said["id"].rpartition("-")[2] != str(n):
             raise ValueError("its JSON contradicts its columns")
-        return Event(EventType(type_), scan, seq, n, id, json, ts)
+        return Event(EventType(type_), scan, seq, n, said["id"], json, ts)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 

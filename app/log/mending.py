@@ -8,9 +8,8 @@ from pathlib import Path
 from app.core.errors import EventsLost
 from app.core.event import Cursor, Event, EventType, make_event
 from app.core.scan import Scan, State, make_end, make_same_key
-from app.log.check import COLUMNS, MISFITS, digest_events, find_chunks, find_gap, fold_on, forget_events, parse_event
-
-INSERT_EVENT = f"INSERT OR IGNORE INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+from app.log.check import MISFITS, digest_events, find_chunks, find_gap, fold_on, forget_events, parse_event
+from app.log.schema import COLUMNS, INSERT_EVENT, read_last_n
 
 
 @dataclass(slots=True)
@@ -38,7 +37,7 @@ class Mending:
         self._now_ms = now_ms
         meta = dict(connection.execute("SELECT key, value FROM meta"))
         self._epoch: str = meta["epoch"]
-        self._last_n: int = meta["last_n"]
+        self._last_n = read_last_n(connection)
 
     def mend_all(self) -> None:
         records = dict(self._connection.execute("SELECT id, record FROM scans"))
@@ -50,7 +49,8 @@ class Mending:
             found: dict[int, int] = dict(checked.fetchall())
             self._mend(id, Scan.from_record(records[id]) if id in records else None, events, found)
         self._connection.execute("DELETE FROM checkpoints WHERE scan NOT IN (SELECT id FROM scans)")
-        self._connection.execute("UPDATE meta SET value = ? WHERE key = 'last_n'", (self._last_n,))
+        self._connection.execute("INSERT INTO places SELECT scan, n FROM events ORDER BY scan, n")
+        self._connection.execute("UPDATE meta SET value = ? WHERE key = 'placed_n'", (self._last_n,))
 
     def _mend(self, id: str, scan: Scan | None, events: list[Event], found: dict[int, int]) -> None:
         is_rebuilt = scan is None
@@ -94,6 +94,10 @@ class Mending:
         self._salvaged.events_lost += 0 if was_trimmed else scan.seq - 1
         for table in ("events", "checkpoints"):
             self._connection.execute(f"DELETE FROM {table} WHERE scan = ?", (scan.id,))
+        (is_taken,) = self._connection.execute("SELECT count(*) FROM events WHERE n = ?", (scan.n,)).fetchone()
+        if is_taken:  # by an event of another scan, if the record is wrong
+            self._last_n += 1
+            scan = replace(scan, n=self._last_n)
         cursor = Cursor(self._epoch, scan.n)
         self._insert(make_event(EventType.END, scan.id, scan.seq, scan.end or {}, scan.finished_ts or 0, cursor))
         self._put(replace(scan, is_trimmed=True))
@@ -123,7 +127,7 @@ class Mending:
         self._salvaged.ended += 1
 
     def _insert(self, event: Event) -> None:
-        values = (event.scan, event.n, event.seq, event.type, event.id, event.ts, event.json)
+        values = (event.n, event.scan, event.seq, event.type, event.ts, event.json)
         self._connection.execute(INSERT_EVENT, values)
 
     def _put(self, scan: Scan) -> None:

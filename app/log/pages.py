@@ -21,7 +21,7 @@ Value = int | float | str | bytes | None
 
 class Row(NamedTuple):
     values: tuple[Value, ...]
-    in_table: bool  # False: in an index, or in a table without rowids
+    rowid: int | None  # None: in an index, or in a table without rowids
 
 
 class Pages:
@@ -88,21 +88,22 @@ class Pages:
         for place in range(min(cells, self._size // 2)):
             at = int.from_bytes(page[pointers + 2 * place : pointers + 2 * place + 2], "big")
             try:
-                payload = self._read_payload(page, at + 4 if kind == _INDEX_INNER else at, is_table=kind == _TABLE_LEAF)
-                yield Row(_read_record(payload), kind == _TABLE_LEAF)
+                rowid, payload = self._read_payload(page, at + 4 * (kind == _INDEX_INNER), is_table=kind == _TABLE_LEAF)
+                yield Row(_read_record(payload), rowid)
             except (IndexError, ValueError, KeyError, struct.error):  # no row, whatever it was
                 continue
 
-    def _read_payload(self, page: bytes, at: int, *, is_table: bool) -> bytes:
+    def _read_payload(self, page: bytes, at: int, *, is_table: bool) -> tuple[int | None, bytes]:
         length, at = _read_varint(page, at)
+        rowid = None
         if is_table:
-            _, at = _read_varint(page, at)  # its rowid
+            rowid, at = _read_varint(page, at)
         usable = self._size
         most = usable - 35 if is_table else (usable - 12) * 64 // 255 - 23
         if length > self.count * usable:
             raise IndexError(length)
         if length <= most:
-            return _take(page, at, length)
+            return rowid, _take(page, at, length)
         least = (usable - 12) * 32 // 255 - 23
         local = least + (length - least) % (usable - 4)
         local = local if local <= most else least
@@ -113,7 +114,7 @@ class Pages:
             parts.append(_take(page, 4, min(left, usable - 4)))
             left -= len(parts[-1])
             following = int.from_bytes(page[:4], "big")
-        return b"".join(parts)
+        return rowid, b"".join(parts)
 
 
 def _take(data: bytes, at: int, length: int) -> bytes:

@@ -28,10 +28,11 @@ from typing import Any
 from app.core.errors import JournalUnavailable
 from app.core.event import CURSOR_PATTERN, Event
 from app.core.scan import Scan
-from app.log.check import COLUMNS, check_journal, parse_event, parse_record, read_only
-from app.log.mending import INSERT_EVENT, Mending, Salvaged
+from app.log.check import check_journal, parse_event, parse_record, read_only
+from app.log.mending import Mending, Salvaged
 from app.log.pages import Pages
-from app.log.sqlite import create, holding, new_epoch, renew_epoch
+from app.log.schema import COLUMNS, INSERT_EVENT, create, new_epoch, renew_epoch
+from app.log.sqlite import holding
 
 
 def salvage_journal(path: Path, now_ms: int, date: str) -> Salvaged:
@@ -84,7 +85,7 @@ def _write_new(path: Path, new: Path, now_ms: int) -> Salvaged:
         create(connection, new_epoch())
         salvaged = Salvaged()
         connection.execute("BEGIN")
-        connection.execute("CREATE UNIQUE INDEX one_of_each ON events (n)")
+        connection.execute("CREATE INDEX by_scan ON events (scan, n)")
         try:
             _Copy(connection, salvaged).take(_read_tables(path))
         except sqlite3.DatabaseError:
@@ -92,9 +93,9 @@ def _write_new(path: Path, new: Path, now_ms: int) -> Salvaged:
             for table in ("scans", "events", "checkpoints"):
                 connection.execute(f"DELETE FROM {table}")
             _Copy(connection, salvaged).take(_read_pages(path))
-        connection.execute("DROP INDEX one_of_each")
         salvaged.is_epoch_kept &= _is_epoch_sure(connection) and not salvaged.unreadable
         Mending(connection, salvaged, now_ms).mend_all()
+        connection.execute("DROP INDEX by_scan")
         if salvaged.trimmed or salvaged.ended or salvaged.dropped or salvaged.rebuilt:
             salvaged.is_epoch_kept = False
         if not salvaged.is_epoch_kept:
@@ -104,12 +105,13 @@ def _write_new(path: Path, new: Path, now_ms: int) -> Salvaged:
 
 
 def _is_epoch_sure(connection: sqlite3.Connection) -> bool:
-    """Whether the events are those of the epoch that was read, and none is past the last number that was given out."""
-    (last,) = connection.execute("SELECT coalesce(max(n), 0) FROM events").fetchone()
-    updated = connection.execute("UPDATE meta SET value = ?1 WHERE key = 'last_n' AND value < ?1", (last,)).rowcount
-    epoch = "(SELECT value FROM meta WHERE key = 'epoch')"
-    (others,) = connection.execute(f"SELECT count(*) FROM events WHERE id != {epoch} || '-' || n").fetchone()
-    return not updated and not others
+    """Whether the events are those of the epoch that was read."""
+    (epoch,) = connection.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+    start = f'{{"id":"{epoch}-'
+    others = connection.execute(
+        "SELECT count(*) FROM events WHERE substr(CAST(json AS TEXT), 1, ?) != ?", (len(start), start)
+    )
+    return bool(others.fetchone() == (0,))
 
 
 # Reading what there is
@@ -129,13 +131,18 @@ def _read_tables(path: Path) -> Iterator[_Row]:
 
 def _read_pages(path: Path) -> Iterator[_Row]:
     """As they lie on the pages of the file; what is in an index is told apart by its form."""
-    tables = {(2, False): "scans", (4, False): "checkpoints", (7, True): "events"}
     for row in Pages(path).rows():
-        table = tables.get((len(row.values), row.in_table))
-        if table == "scans" and isinstance(row.values[0], str) and not isinstance(row.values[1], bytes):
-            table = "meta"
-        if table is not None:
-            yield table, row.values
+        match row.rowid, row.values:
+            case None, (str(), bytes()):
+                yield "scans", row.values
+            case None, (_, _):  # or a place, which is none of its keys
+                yield "meta", row.values
+            case None, (_, _, _, _):
+                yield "checkpoints", row.values
+            case int(n), (None, *rest) if len(rest) == 5:
+                yield "events", (n, *rest)
+            case int(), (scan, n, seq, type_, _, ts, json):  # in a journal of the older format
+                yield "events", (n, scan, seq, type_, ts, json)
 
 
 class _Copy:
@@ -145,7 +152,6 @@ class _Copy:
         self._connection = connection
         self._salvaged = salvaged
         self._records: dict[str, Scan] = {}
-        self._epochs: set[str] = set()
 
     def take(self, rows: Iterator[_Row]) -> None:
         for table, values in rows:
@@ -160,8 +166,8 @@ class _Copy:
     def _take_meta(self, key: str, value: Any) -> None:
         if key == "epoch" and CURSOR_PATTERN.fullmatch(f"{value}-0"):
             self._connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (value,))
-        elif key == "last_n" and isinstance(value, int) and 0 <= value < 2**62:
-            self._connection.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'last_n'", (value,))
+        elif key in ("placed_n", "last_n") and isinstance(value, int) and 0 <= value < 2**62:
+            self._connection.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'placed_n'", (value,))
 
     def _take_scans(self, id: str, record: Any) -> None:
         scan = parse_record(id, record)
@@ -175,12 +181,14 @@ class _Copy:
 
     def _take_events(self, *values: Any) -> None:
         event = parse_event(values)
-        taken = self._connection.execute(INSERT_EVENT, values).rowcount
-        if not taken and not self._is_there(event):
-            raise ValueError("another event has its number")
+        try:
+            self._connection.execute(INSERT_EVENT, values)
+        except sqlite3.IntegrityError:
+            if not self._is_there(event):
+                raise  # another event has its number
 
     def _is_there(self, event: Event) -> bool:
-        found = self._connection.execute("SELECT json FROM events WHERE scan = ? AND n = ?", (event.scan, event.n))
+        found = self._connection.execute("SELECT json FROM events WHERE n = ?", (event.n,))
         return bool(found.fetchone() == (event.json,))
 
 

@@ -21,31 +21,32 @@ from app.core.event import Event, EventType
 from app.core.scan import Scan, Skipped
 from app.log.journal import ADVICE, Checkpoint, Kept, Write
 from app.log.lock import StateLock
+from app.log.schema import (
+    COLUMNS,
+    INSERT_EVENT,
+    OLDER_VERSION,
+    SCHEMA_VERSION,
+    are_placed,
+    create,
+    migrate,
+    new_epoch,
+    place_events,
+    read_last_n,
+    remove_events,
+    renew_epoch,
+)
 
 logger = logging.getLogger(__name__)
 
 Durability = Literal["process", "power"]
 
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE scans (id TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE events (
-    scan TEXT NOT NULL, n INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
-    ts INTEGER NOT NULL, json BLOB NOT NULL,
-    PRIMARY KEY (scan, n)
-);
-CREATE TABLE checkpoints (
-    scan TEXT NOT NULL, chunk INTEGER NOT NULL, found INTEGER NOT NULL, skipped BLOB NOT NULL,
-    PRIMARY KEY (scan, chunk)
-) WITHOUT ROWID;
-"""
 _APART_S = 0.002  # between the end of one transaction and the next
 _APART_A_WRITE_S = 0.0001  # and this for each write in the one before: many share what a page costs
 _APART_MOST_S = 0.01
 _CHECKPOINT_PAGES = 4000  # a page that changes often goes from the WAL into the file less often: 16 MB
 _RETRY_S = (0.05, 0.1, 0.25, 0.5, 1.0)
 _READ_ROWS = 256
+_PLACE_EVENTS = 4096  # are noted at once: a few milliseconds of one commit, and what a read may have to look through
 # SQLite's quick check reads about a gigabyte a second; past this size a start would feel it.
 _QUICK_CHECK_BYTES = 512 * 2**20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -66,6 +67,8 @@ class SqliteJournal:
         self.fault: str | None = None
         self._durability: Durability = durability
         self._boot_id = boot_id or read_boot_id()
+        self._epoch = ""
+        self._unplaced = 0  # events that are not in `places` yet
         self._is_noted = False  # what a power cut would mean is in the file
         self._damage: str | None = None  # a fault that only `scanwire journal salvage` ends
         # None asks the writer to stop.
@@ -116,17 +119,23 @@ class SqliteJournal:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             create(connection, new_epoch())
-        elif version != SCHEMA_VERSION:
+        elif version not in (OLDER_VERSION, SCHEMA_VERSION):
             raise JournalUnavailable(
                 f"The journal {self.path} has format {version}; this Scanwire reads format {SCHEMA_VERSION}. "
                 "Use the version that wrote it, or name another directory with SCANWIRE_STATE_DIR."
             )
         if (reason := self._check_quickly(connection)) is not None:
             raise self._refuse(reason)
+        if version == OLDER_VERSION:
+            try:
+                migrate(connection)
+            except sqlite3.IntegrityError as error:
+                raise self._refuse(str(error)) from error
+            logger.info("the journal was brought to a new format", extra={"action": "journal_migrated"})
         try:
             meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
             records = connection.execute("SELECT record FROM scans")
-            kept = Kept(meta["epoch"], meta["last_n"], [Scan.from_record(record) for (record,) in records])
+            kept = Kept(meta["epoch"], read_last_n(connection), [Scan.from_record(record) for (record,) in records])
         except (ValueError, KeyError, TypeError) as error:
             raise self._refuse(f"it holds what Scanwire never wrote ({type(error).__name__}: {error})") from error
         if meta.get("boot") not in (None, self._boot_id):
@@ -135,11 +144,25 @@ class SqliteJournal:
             connection.execute("BEGIN IMMEDIATE")
             renew_epoch(connection, kept.epoch)
             connection.execute("COMMIT")
+        self._epoch = kept.epoch
+        self._place_all(connection)
         return kept
 
+    def _place_all(self, connection: sqlite3.Connection) -> None:
+        """So that no read looks through events which came before. It has no need of it: a full disk is no fault yet."""
+        if are_placed(connection):
+            return
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            place_events(connection)
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
     def _check_quickly(self, connection: sqlite3.Connection) -> str | None:
-        """The first thing that SQLite's quick check finds. Of a large journal it reads all but the events: those of
-        scans that go on are read at the start anyway, and the others when someone asks for them."""
+        """The first thing that SQLite's quick check finds. Of a large journal it reads all but the events and
+        their places: those of scans that go on are read at the start anyway, the others when someone asks."""
         is_large = self.path.stat().st_size > _QUICK_CHECK_BYTES
         for table in ("('meta')", "('scans')", "('checkpoints')") if is_large else ("(1)",):
             (found,) = connection.execute(f"PRAGMA quick_check{table}").fetchone()
@@ -203,21 +226,21 @@ class SqliteJournal:
         self.fault = self._damage or f"The journal cannot be written ({error}, {name})."
 
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
+        rows = [
+            (event.n, event.scan, event.seq, event.type.value, event.ts, event.json)
+            for write in writes
+            for event in write.events
+        ]
+        unplaced = self._unplaced + len(rows)
+        is_to_place = unplaced >= _PLACE_EVENTS
         connection.execute("BEGIN IMMEDIATE")
         try:
             # Events first, all at once: what trims or removes those of a scan comes after its end.
-            connection.executemany(
-                "INSERT INTO events (scan, n, seq, type, id, ts, json) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    (event.scan, event.n, event.seq, event.type.value, event.id, event.ts, event.json)
-                    for write in writes
-                    for event in write.events
-                ),
-            )
+            connection.executemany(INSERT_EVENT, rows)
             for write in writes:
                 _put_rest(connection, write)
-            last_n = max((event.n or 0 for write in writes for event in write.events), default=0)
-            connection.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'last_n'", (last_n,))
+            if is_to_place:
+                place_events(connection)
             if not self._is_noted:
                 self._note_boot(connection)
             connection.execute("COMMIT")
@@ -225,6 +248,7 @@ class SqliteJournal:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._unplaced = 0 if is_to_place else unplaced
         if not self._is_noted:
             # This one is on the disk, with the note in it; from here on a power cut may take what the setting lets it.
             self._is_noted = True
@@ -239,6 +263,7 @@ class SqliteJournal:
     def _note_close(self, connection: sqlite3.Connection) -> None:
         """Everything is on the disk, and the next start may believe it."""
         with contextlib.suppress(sqlite3.Error):  # it is believed less then
+            self._place_all(connection)
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("DELETE FROM meta WHERE key = 'boot'")
 
@@ -247,15 +272,14 @@ class SqliteJournal:
         size = 0
         with self._reading() as connection:
             rows = connection.execute(
-                "SELECT type, scan, seq, n, id, json, ts FROM events WHERE scan = ? AND n > ? ORDER BY n LIMIT ?",
+                f"SELECT {COLUMNS} FROM events_by_scan WHERE scan = ? AND n > ? ORDER BY n LIMIT ?",
                 (scan, after, _READ_ROWS),
             )
-            for type_, *rest in rows:
-                event = Event(EventType(type_), *rest)
-                size += len(event.json)
+            for n, _, seq, type_, ts, json in rows:
+                size += len(json)
                 if events and size > max_bytes:
                     break
-                events.append(event)
+                events.append(Event(EventType(type_), scan, seq, n, f"{self._epoch}-{n}", json, ts))
         return events
 
     def read_checkpoints(self, scan: str) -> list[Checkpoint]:
@@ -320,28 +344,6 @@ def read_boot_id() -> str:
         return secrets.token_hex(16)
 
 
-def new_epoch() -> str:
-    return secrets.token_hex(3)
-
-
-def create(connection: sqlite3.Connection, epoch: str) -> None:
-    """Makes the tables of an empty journal."""
-    first = f"INSERT INTO meta VALUES ('epoch', '{epoch}'), ('last_n', 0);"
-    connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {first} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-
-
-def renew_epoch(connection: sqlite3.Connection, epoch: str) -> None:
-    """Gives every event a cursor of another epoch: none that was given out before fits any more."""
-    connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
-    connection.execute("DELETE FROM meta WHERE key = 'boot'")
-    # An event begins with its id: {"id":"k3f9a1-1042", …
-    rest = "substr(CAST(json AS TEXT), 8 + length(id))"
-    connection.execute(
-        f"UPDATE events SET json = CAST('{{\"id\":\"' || ?1 || '-' || n || {rest} AS BLOB), id = ?1 || '-' || n",
-        (epoch,),
-    )
-
-
 def _can_be_folded(write: Write) -> bool:
     """Matches make the same of a scan whenever they are read, so its record need not be written with each of them."""
     if not write.is_told:
@@ -356,9 +358,7 @@ def _put_rest(connection: sqlite3.Connection, write: Write) -> None:
     """What a write holds beside its events."""
     scan = write.scan
     if write.trims or write.removes:
-        kept = "" if write.removes else " AND type != 'end'"
-        connection.execute(f"DELETE FROM events WHERE scan = ?{kept}", (scan.id,))
-        connection.execute("DELETE FROM checkpoints WHERE scan = ?", (scan.id,))
+        remove_events(connection, scan.id, but_n=0 if write.removes else scan.n)  # its end is its last
     if write.removes:
         connection.execute("DELETE FROM scans WHERE id = ?", (scan.id,))
         return

@@ -187,8 +187,9 @@ async def test_a_digit_that_fell_over_is_found_by_the_digest_and_the_end_is_kept
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("UPDATE meta SET value = 5 WHERE key = 'last_n'", "which was never given out"),
-        ("UPDATE events SET n = 5 WHERE scan = 's_large' AND seq = 3", "number 5 was given to 2 events"),
+        ("UPDATE meta SET value = 5 WHERE key = 'placed_n'", "is not where it was noted"),
+        ("UPDATE events SET n = 1000 WHERE scan = 's_large' AND seq = 3", "is not where it was noted"),
+        ("DELETE FROM places WHERE n = 5", "is not noted with it"),
         ("DELETE FROM events WHERE scan = 's_running' AND seq = 4", "s_running: event 4 is missing"),
         ("DELETE FROM events WHERE scan = 's_large' AND type = 'end'", "s_large: event 14 is missing"),
         ("DELETE FROM scans WHERE id = 's_small'", "s_small: there are events of it, and no record"),
@@ -231,7 +232,7 @@ async def test_what_is_in_the_write_ahead_log_alone_is_salvaged_too(tmp_path: Pa
         for file in ("journal.db", "journal.db-wal"):
             shutil.copy(tmp_path / "live" / file, killed / file)
     path = killed / "journal.db"
-    assert [type(row.values[5]) for row in Pages(path).rows() if len(row.values) == 7] == [int] * 5
+    assert [row.rowid for row in Pages(path).rows() if len(row.values) == 6] == [1, 2, 3, 4, 5]
     spoil(path, 1, seed=1)
     salvaged = salvage_journal(path, NOW_MS, DATE)
     assert (salvaged.whole, salvaged.events) == (1, 5)
