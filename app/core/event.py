@@ -84,8 +84,9 @@ def make_event(
 ) -> Event:
     """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
     here and null on the wire."""
-    whole: dict[str, Any] = {"scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
     if cursor is None:
+        whole = {"scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
         return Event(type, scan, seq, None, None, orjson.dumps(whole, default=_take_json), ts)
     id = str(cursor)
-    return Event(type, scan, seq, cursor.n, id, orjson.dumps({"id": id, **whole}, default=_take_json), ts)
+    whole = {"id": id, "scan": scan, "seq": seq, "type": type, "ts": ts, "data": data}
+    return Event(type, scan, seq, cursor.n, id, orjson.dumps(whole, default=_take_json), ts)

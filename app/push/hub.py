@@ -61,17 +61,15 @@ class Hub:
     # Flushing
 
     def _mark(self, scan_id: str) -> None:
-        channel = self._channels.get(scan_id)
-        if channel is not None:
+        if (channel := self._channels.get(scan_id)) is not None:
             self._dirty[scan_id] = channel
             self._schedule()
 
     def _schedule(self) -> None:
-        if self._is_scheduled or not self._dirty:
-            return
-        self._is_scheduled = True
-        wait_s = max(self._rests_until - time.monotonic(), self._batch_s)
-        asyncio.get_running_loop().call_later(wait_s, self._flush)
+        if self._dirty and not self._is_scheduled:
+            self._is_scheduled = True
+            wait_s = max(self._rests_until - time.monotonic(), self._batch_s)
+            asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
         """One part of a flush; the next one follows when the rest of the loop has had its turn."""
@@ -101,35 +99,37 @@ class Hub:
         """Tells everybody what is new in these channels. Yields now and then, with the number of writes since."""
         log = self._log
         for scan_id, channel in dirty.items():
-            blocks = [block for block in channel.blocks if channel.is_level(block)]
-            scan, after = log.find(scan_id), channel.after
+            scan, after, told = log.find(scan_id), channel.after, channel.progress
             events = None if scan is None else log.read_nowait(scan_id, after)
             batch = events or []
             if scan is not None:
                 channel.after = scan.n
                 progress = log.get_progress_event(scan_id)
-                if progress is not None and progress is not channel.progress:
+                if progress is not None and progress is not told:
                     channel.progress, batch = progress, [*batch, progress]
             # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
             is_last = scan is None or scan.state.is_terminal
             frames: dict[Framing, bytes] = {}
             woken: list[Subscriber] = []
-            for block in blocks:
+            for block in tuple(channel.blocks):
+                if block.after != after or block.progress is not told:
+                    continue  # who has joined meanwhile is level with what is new
                 if is_whole:
                     if block.framing not in frames:
                         frames[block.framing] = block.framing.encode(batch)
                     block.tell(frames[block.framing], len(batch), channel.after, channel.progress)
-                    yield len(block.members)
                 if is_last or not is_whole:
                     woken += block.members
-            for place, subscriber in enumerate((*channel.readers, *woken), 1):
-                subscriber.wake()
-                if place % BLOCK == 0:
-                    yield BLOCK
+                yield len(block.members)
+            if channel.readers or woken:
+                for place, subscriber in enumerate((*channel.readers, *woken), 1):
+                    subscriber.wake()
+                    if place % BLOCK == 0:
+                        yield BLOCK
+                yield BLOCK
             if frames and events:
                 self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
-            yield 1
 
     # Subscribers
 
@@ -179,8 +179,7 @@ class Hub:
 
     def unsubscribe(self, subscriber: Subscriber, scan_id: str) -> None:
         subscriber.unwatch(scan_id)
-        channel = self._channels.get(scan_id)
-        if channel is not None:
+        if (channel := self._channels.get(scan_id)) is not None:
             channel.readers.pop(subscriber, None)
             if not channel.readers and not channel.blocks:
                 del self._channels[scan_id]

@@ -45,13 +45,14 @@ async def open_scan(log: EventLog, scan_id: str) -> None:
 
 async def produce(log: EventLog, scan_ids: list[str], rate: float, events: int, row_bytes: int) -> None:
     """Appends the events of all scans, each at its time: one scan after another, `rate` rounds in a second."""
+    pad = orjson.loads(make_event(0, row_bytes))["pad"]
     start, step = time.monotonic() + 0.1, 1 / rate / len(scan_ids)
     for number in range(events):
         for place, scan_id in enumerate(scan_ids):
             due = start + number / rate + place * step
             if (early_s := due - time.monotonic()) > 0.001:  # the loop's timers know whole milliseconds
                 await asyncio.sleep(early_s)
-            row = orjson.loads(make_event(time.monotonic_ns(), row_bytes))
+            row = {"t": f"@{time.monotonic_ns():016d}", "pad": pad}
             appended = log.append_nowait(scan_id, (EventType.MATCHES, {"chunk": number, "rows": [row]}))
         await appended  # what was appended before is committed before
 
