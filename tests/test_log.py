@@ -4,7 +4,7 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from app.core.errors import JournalUnavailable, UnknownScan, WrongState
 from app.core.event import EventType
 from app.core.scan import Progress, Skipped, State
-from app.log import sqlite as sqlite_module
-from app.log.check import check_journal
 from app.log.eventlog import EventLog
 from app.log.journal import Checkpoint, Write
 from app.log.sqlite import SqliteJournal
@@ -374,82 +372,3 @@ async def test_a_write_without_events_wakes_nobody(tmp_path: Path) -> None:
         assert told == []
         await log.append("s_test", found(1))
         assert told == ["s_test"]
-
-
-OLDER = """
-CREATE TABLE older_events (
-    scan TEXT NOT NULL, n INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
-    ts INTEGER NOT NULL, json BLOB NOT NULL,
-    PRIMARY KEY (scan, n)
-);
-INSERT INTO older_events
-    SELECT scan, n, seq, type, (SELECT value FROM meta WHERE key = 'epoch') || '-' || n, ts, json FROM events;
-DROP VIEW events_by_scan;
-DROP TABLE places;
-DROP TABLE events;
-ALTER TABLE older_events RENAME TO events;
-UPDATE meta SET key = 'last_n', value = ? WHERE key = 'placed_n';
-PRAGMA user_version=1;
-"""
-
-
-async def test_a_journal_of_the_older_format_is_brought_up_to_date_with_all_that_it_holds(tmp_path: Path) -> None:
-    async with open_log(tmp_path) as log:
-        epoch = log.epoch
-        for name in ("s_a", "s_b"):
-            log.create(make_scan(name))
-        for part in (QUEUED, STARTED, found(1), found(2)):
-            for name in ("s_b", "s_a"):
-                await log.append(name, part)
-        before = {name: await log.read(name, 0) for name in ("s_a", "s_b")}
-    with closing(sqlite3.connect(tmp_path / "journal.db")) as connection:
-        connection.executescript(OLDER.replace("?", "11"))
-    for _ in range(2):
-        async with open_log(tmp_path) as log:
-            assert log.epoch == epoch
-            for name, events in before.items():
-                after = await log.read(name, 0)
-                assert [(event.id, event.json) for event in after] == [(event.id, event.json) for event in events]
-    assert not [problem for problem in check_journal(tmp_path / "journal.db").problems if "noted" in problem]
-    async with open_log(tmp_path) as log:
-        scan = await log.append("s_a", found(1))
-        assert scan.n == 12  # behind the last one that was given out
-
-
-async def test_a_number_is_never_given_out_twice_though_its_event_was_removed(tmp_path: Path) -> None:
-    async with open_log(tmp_path) as log:
-        log.create(make_scan("s_a"))
-        await log.append("s_a", QUEUED, STARTED, ended(State.COMPLETED))
-        await log.remove("s_a")
-    for _ in range(2):
-        async with open_log(tmp_path) as log:
-            assert log.shown_n == 3
-    async with open_log(tmp_path) as log:
-        log.create(make_scan("s_b"))
-        assert (await log.append("s_b", QUEUED)).n == 4
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 10_000])
-async def test_events_are_read_by_scan_whether_or_not_their_places_are_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr(sqlite_module, "_PLACE_EVENTS", at_once)
-    async with open_log(tmp_path) as log:
-        names = ("s_a", "s_b", "s_c")
-        for name in names:
-            log.create(make_scan(name))
-            await log.append(name, QUEUED, STARTED)
-        for number in range(20):
-            await log.append(names[number % 3], found(1))
-        await log.append("s_a", ended(State.COMPLETED))
-        for name in names:
-            held = await log.read(name, 0)
-            for place in range(len(held)):
-                kept = log._journal.read(name, (held[place].n or 0), 2**20)
-                assert [(event.id, event.json) for event in kept] == [
-                    (event.id, event.json) for event in held[place + 1 :]
-                ]
-        await log.trim("s_a")
-        assert [event.type for event in log._journal.read("s_a", 0, 2**20)] == ["end"]
-        assert len(log._journal.read("s_b", 0, 2**20)) == 9
-    assert not [problem for problem in check_journal(tmp_path / "journal.db").problems if "noted" in problem]

@@ -255,7 +255,8 @@ class Producers:
         return scan
 
     def _append(self, work: _Work, *parts: Part) -> "asyncio.Future[Scan]":
-        is_new = work.producer is not work.recorded
+        # Of one that numbers its requests the record is always right, which a salvage of the journal can tell by.
+        is_new = work.producer is not work.recorded or work.producer.seq > 0
         work.recorded = work.producer
         return self._log.append_nowait(work.scan_id, *parts, producer=work.producer if is_new else None)
 

@@ -15,7 +15,7 @@ import orjson
 from app.core.errors import JournalUnavailable, WrongState
 from app.core.event import Event, EventType
 from app.core.scan import Scan, State, feed_digest
-from app.log.schema import COLUMNS, SCHEMA_VERSION
+from app.log.schema import READ_ALL, SCHEMA_VERSION
 
 PROBLEMS_MAX = 100  # found in one check; more would tell nobody more
 MISFITS = (WrongState, KeyError, ValueError, TypeError)  # what folding events that were never written may raise
@@ -92,7 +92,7 @@ def _find_problems(connection: sqlite3.Connection, findings: Findings) -> Iterat
     checked: dict[str, set[int]] = {}
     for id, chunk in connection.execute("SELECT scan, chunk FROM checkpoints"):
         checked.setdefault(id, set()).add(chunk)
-    rows = connection.execute(f"SELECT {COLUMNS} FROM events_by_scan ORDER BY scan, n")
+    rows = connection.execute(READ_ALL)
     for id, of_scan in groupby(rows, key=lambda row: str(row[1])):
         events: list[Event] = []
         for row in of_scan:

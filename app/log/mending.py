@@ -156,7 +156,9 @@ def _is_whole(scan: Scan, events: Sequence[Event], found: dict[int, int], *, may
     if find_gap(events) is not None or len(events) < scan.seq:
         return False
     if scan.producer is not None:
-        return len(events) == scan.seq  # its record is written with every event
+        # The record of one whose producer numbers its requests is written with every event; others may not know of
+        # the last ones.
+        return len(events) == scan.seq if scan.producer.seq else not may_lack
     try:
         fold_on(forget_events(scan), events)
         with_matches = find_chunks(events)

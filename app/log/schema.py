@@ -15,15 +15,20 @@ OLDER_VERSION = 1  # what is brought up to date when it is opened
 COLUMNS = "n, scan, seq, type, ts, json"
 INSERT_EVENT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _PLACED_N = "(SELECT value FROM meta WHERE key = 'placed_n')"
-_EVENTS = f"""
+_PLACED = "SELECT places.n, places.scan, seq, type, ts, json FROM places JOIN events ON events.n = places.n"
+_OTHERS = f"SELECT {COLUMNS} FROM events WHERE n >"
+READ_ALL = f"{_PLACED} UNION ALL {_OTHERS} {_PLACED_N} ORDER BY scan, n"
+# Of the scan ?1, behind ?2, at most ?3.
+READ_BEHIND = f"""
+{_PLACED} WHERE places.scan = ?1 AND places.n > ?2
+UNION ALL {_OTHERS} max({_PLACED_N}, ?2) AND scan = ?1 ORDER BY n LIMIT ?3
+"""
+_EVENTS = """
 CREATE TABLE events (
     n INTEGER PRIMARY KEY, scan TEXT NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, ts INTEGER NOT NULL,
     json BLOB NOT NULL
 );
 CREATE TABLE places (scan TEXT NOT NULL, n INTEGER NOT NULL, PRIMARY KEY (scan, n)) WITHOUT ROWID;
-CREATE VIEW events_by_scan AS
-    SELECT places.n, places.scan, seq, type, ts, json FROM places JOIN events ON events.n = places.n
-    UNION ALL SELECT {COLUMNS} FROM events WHERE n > {_PLACED_N};
 """
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -70,12 +75,13 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 def are_placed(connection: sqlite3.Connection) -> bool:
-    """Whether it is noted where all events lie."""
+    """Whether it is noted of every event where it lies."""
     return connection.execute(f"SELECT 1 FROM events WHERE n > {_PLACED_N} LIMIT 1").fetchone() is None
 
 
 def place_events(connection: sqlite3.Connection) -> None:
-    """Notes where the events lie that came since this was done last."""
+    """Notes where the events lie that came since this was done last. Needs a transaction: what is noted, and up
+    to where, go together."""
     connection.execute(
         f"INSERT OR IGNORE INTO places SELECT scan, n FROM events WHERE n > {_PLACED_N} ORDER BY scan, n"
     )

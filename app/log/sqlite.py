@@ -22,9 +22,9 @@ from app.core.scan import Scan, Skipped
 from app.log.journal import ADVICE, Checkpoint, Kept, Write
 from app.log.lock import StateLock
 from app.log.schema import (
-    COLUMNS,
     INSERT_EVENT,
     OLDER_VERSION,
+    READ_BEHIND,
     SCHEMA_VERSION,
     are_placed,
     create,
@@ -271,10 +271,7 @@ class SqliteJournal:
         events: list[Event] = []
         size = 0
         with self._reading() as connection:
-            rows = connection.execute(
-                f"SELECT {COLUMNS} FROM events_by_scan WHERE scan = ? AND n > ? ORDER BY n LIMIT ?",
-                (scan, after, _READ_ROWS),
-            )
+            rows = connection.execute(READ_BEHIND, (scan, after, _READ_ROWS))
             for n, _, seq, type_, ts, json in rows:
                 size += len(json)
                 if events and size > max_bytes:
