@@ -114,7 +114,9 @@ class Guard(asyncio.Protocol):
     def release(self) -> None:
         """What was held is taken."""
         data, self._held = self._held, None
-        if not self.is_reading_paused() and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if not self.is_reading_paused():
             self.transport.resume_reading()
         if data:
             self.take_data(data)

@@ -156,9 +156,9 @@ class Hub:
         if isinstance(subscriber, Pusher):
             for spoke in self._wheel:
                 spoke.discard(subscriber)
-        self._pushed[subscriber.transport] += subscriber.pushed
         for scan_id in list(subscriber.watches):
             self.unsubscribe(subscriber, scan_id)
+        self._pushed[subscriber.transport] += subscriber.pushed  # it has left its block, and counts what it got there
 
     def subscribe(self, subscriber: Subscriber, scan_id: str, cursor: Cursor | None) -> None:
         """Raises UnknownScan. Wake the subscriber when it watches all that it should."""

@@ -79,10 +79,11 @@ class PlainAnswers(HttpGuard):
     _known: tuple[Head, Repeat] | None
 
     def take_data(self, data: bytes) -> None:
-        if self.cycle is not None and not self._is_in_head and self._is_over():
-            if self._known is not None and (request := self._known[0].match(data)) and self._known[1](*request):
+        is_fresh = self.cycle is not None and not self._is_in_head and self._is_over()
+        if is_fresh and self._known is not None and (request := self._known[0].match(data)) is not None:
+            if self._known[1](*request):
                 return
-            self._came = data
+        self._came = data if is_fresh else None  # never that of another request than the one that it begins
         super().take_data(data)
 
     def _is_over(self) -> bool:
@@ -97,7 +98,8 @@ class PlainAnswers(HttpGuard):
     def repeat_with(self, repeat: Repeat) -> None:
         """Whatever request comes next that is like this one, but for its body and VARYING fields, goes to `repeat`."""
         came, self._came = self._came, None
-        if came is not None:
+        cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
+        if came is not None and not cycle.more_body:
             head = Head(came)
             self._known = (head, repeat) if head.is_whole else None
 
@@ -112,7 +114,7 @@ class PlainAnswers(HttpGuard):
         """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
         parts = [STATUS_LINE[status]]
-        for name, value in (*cycle.default_headers, *fields):
+        for name, value in (*self.server_state.default_headers, *fields):
             parts += (name, b": ", value, b"\r\n")
         parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
         cycle.response_started = cycle.response_complete = True
