@@ -80,9 +80,13 @@ class PlainAnswers(HttpGuard):
 
     def take_data(self, data: bytes) -> None:
         is_fresh = self.cycle is not None and not self._is_in_head and self._is_over()
-        if is_fresh and self._known is not None and (request := self._known[0].match(data)) is not None:
-            if self._known[1](*request):
-                return
+        if (
+            is_fresh
+            and self._known is not None
+            and (request := self._known[0].match(data))
+            and self._known[1](*request)
+        ):
+            return
         self._came = data if is_fresh else None  # never that of another request than the one that it begins
         super().take_data(data)
 
