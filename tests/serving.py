@@ -83,6 +83,26 @@ def find_state(app: Any) -> Any:
 
 
 @contextlib.asynccontextmanager
+async def run_uvicorn(app: Any, listener: socket.socket, **options: Any) -> AsyncIterator[uvicorn.Server]:
+    """uvicorn serves this application, in the test's own loop, until the block is left."""
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    # Tests send no signals to themselves; the handlers of the test runner stay.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        async with asyncio.timeout(30):
+            while not server.started:
+                if serving.done():
+                    serving.result()
+                    raise RuntimeError("the server did not start")
+                await asyncio.sleep(0.01)
+        yield server
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@contextlib.asynccontextmanager
 async def serve(
     state_dir: Path,
     prices: Path,
@@ -112,40 +132,13 @@ async def serve(
         options: dict[str, Any] = {"http": HttpConnection, "ws": WebSocketConnection} if IS_WIRED[0] else {}
         if tls is not None:
             options |= {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
-        config = uvicorn.Config(
-            app,
-            lifespan="on",
-            log_level="warning",
-            ws_per_message_deflate=False,
-            ws_ping_interval=None,
-            timeout_graceful_shutdown=5,
-            timeout_keep_alive=keep_alive_s,
-            **options,
-        )
-        server = uvicorn.Server(config)
-        with contextlib.ExitStack() as stack:
-            # Tests send no signals to themselves; the handlers of the test runner stay.
-            stack.enter_context(_without_signals(server))
-            serving = asyncio.create_task(server.serve([listener]))
+        options |= {"lifespan": "on", "log_level": "warning", "ws_per_message_deflate": False, "ws_ping_interval": None}
+        options |= {"timeout_graceful_shutdown": 5, "timeout_keep_alive": keep_alive_s}
+        async with run_uvicorn(app, listener, **options):
+            limits = httpx.Limits(max_connections=500)
+            verify = True if tls is None else tls.make_context()
             try:
-                async with asyncio.timeout(30):
-                    while not server.started:
-                        if serving.done():
-                            serving.result()
-                            raise RuntimeError("the server did not start")
-                        await asyncio.sleep(0.01)
-                limits = httpx.Limits(max_connections=500)
-                verify = True if tls is None else tls.make_context()
                 async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30, verify=verify) as http:
                     yield Serving(url, state.service, http)
             finally:
-                if server.started:
-                    state.service.hub.parting.say_at_once(0)
-                server.should_exit = True
-                await serving
-
-
-@contextlib.contextmanager
-def _without_signals(server: uvicorn.Server) -> Any:
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    yield
+                state.service.hub.parting.say_at_once(0)

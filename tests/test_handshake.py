@@ -1,6 +1,5 @@
 """The opening handshake of a WebSocket: whatever comes, the answer and the scope are those of uvicorn alone."""
 
-import asyncio
 import contextlib
 import socket
 from collections import Counter
@@ -19,6 +18,7 @@ from app.push.guard import EXTENSION, Bounds
 from app.push.wire import HttpConnection, WebSocketConnection
 from tests.conftest import until
 from tests.peers import Peer, meet
+from tests.serving import run_uvicorn
 
 PLAIN: dict[str, str] = {
     "Host": "scans.example",
@@ -62,10 +62,12 @@ class Asked:
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
         self.plain: list[bool] = []  # whether the handshake was taken as it is
+        self.bounds = Bounds(Settings(), lambda address: None, Counter())
+        self.server: uvicorn.Server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            scope["state"][EXTENSION] = Bounds(Settings(), lambda address: None, Counter())
+            scope["state"][EXTENSION] = self.bounds
             for kind in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{kind}.complete"})
@@ -109,16 +111,9 @@ class Asked:
 async def serve(http: Any, ws: Any, **options: Any) -> AsyncIterator[tuple[str, Asked]]:
     app = Asked()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(
-            app, http=http, ws=ws, lifespan="on", log_level="critical", date_header=False, **options
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-        serving = asyncio.create_task(server.serve([listener]))
-        await until(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
-        server.should_exit = True
-        await serving
+        options |= {"http": http, "ws": ws, "lifespan": "on", "log_level": "critical", "date_header": False}
+        async with run_uvicorn(app, listener, **options) as app.server:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
 
 
 @contextlib.asynccontextmanager
@@ -243,4 +238,19 @@ async def test_what_cannot_be_read_as_a_handshake_is_refused_where_uvicorn_alone
         line, _, _ = await peer.read_answer()
         assert line.split()[1] == status
         assert await peer.read_rest() == b""
+        assert app.scopes == []
+
+
+@pytest.mark.parametrize("more", [{}, {"Connection": "Upgrade, @"}])
+async def test_a_handshake_whose_peer_is_gone_before_its_turn_makes_no_websocket(more: dict[str, str]) -> None:
+    async with serve(HttpConnection, WebSocketConnection) as (url, app):
+        turns, connections = app.bounds.turns, app.server.server_state.connections
+        async with meet(url) as peer:
+            await until(lambda: connections)
+            turns._left = 0  # others have the turn
+            await peer.send(write_head(PLAIN | more))
+            await until(lambda: len(turns._waiting) == 1)
+        await until(lambda: len(turns._waiting) == 2)
+        turns._turn()
+        await until(lambda: not connections)
         assert app.scopes == []

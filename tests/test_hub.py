@@ -116,6 +116,22 @@ async def test_each_subscriber_has_a_heartbeat_in_each_round_and_none_while_it_i
         assert behind.heartbeats == 0
 
 
+async def test_what_was_pushed_stays_counted_when_a_subscriber_leaves_its_block(tmp_path: Path) -> None:
+    async with open_log(tmp_path) as log:
+        await add_scan(log, "s_a", QUEUED, STARTED)
+        hub = Hub(log)
+        wire = FakeWire()
+        with hub.push(wire, PLAIN, ends=False) as subscriber:
+            hub.subscribe(subscriber, "s_a", None)
+            subscriber.wake()
+            await until(lambda: subscriber.block is not None)
+            await log.append("s_a", found(1))
+            await until(lambda: len(decode(wire)) == 3)
+            assert subscriber.block is not None
+            assert hub.statistics().pushed == {"plain": 3}
+        assert hub.statistics().pushed == {"plain": 3}
+
+
 class Segment:
     """What one subscription of one wire has to get: everything of one scan behind `after`."""
 

@@ -252,6 +252,49 @@ async def test_a_journal_that_cannot_be_written_refuses_and_the_next_post_is_tak
 
 
 @on_one_loop
+async def test_a_request_that_came_behind_another_is_not_known_by_the_head_of_an_earlier_one(
+    serving: Serving, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = (await serving.submit("external"))["links"]["self"]
+    journal, kept = serving.service.log._journal, list[Any]()
+    submit = journal.submit
+    await caller.peer.ask("/healthz")
+    await caller.read()
+    monkeypatch.setattr(journal, "submit", kept.append)
+    await caller.peer.ask(other, method="DELETE")  # waits for the journal
+    await until(lambda: kept)
+    await caller.peer.ask(caller.path)
+    monkeypatch.undo()
+    for writes in kept:
+        submit(writes)
+    about = [(await caller.read())[2]["links"]["self"] for _ in range(2)]
+    assert about == [other, caller.path]
+    await caller.peer.ask(other, method="DELETE")
+    assert (await caller.read())[2]["links"]["self"] == other
+
+
+@on_one_loop
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_request_whose_body_was_not_read_yet_is_not_known(caller: Caller, method: str) -> None:
+    path = caller.path if method == "GET" else "/v1/nothing"
+    statuses = []
+    for _ in range(4):
+        await caller.peer.ask(path, "Transfer-Encoding: chunked", method=method)
+        statuses.append((await caller.read())[0])
+        await caller.peer.send(b"0\r\n\r\n")
+        assert (await caller.poll())[0] == 200
+    assert statuses == [200 if method == "GET" else 404] * 4
+
+
+@on_one_loop
+async def test_answers_to_the_same_request_have_the_date_of_their_own_second(caller: Caller) -> None:
+    first = (await caller.poll())[1][b"date"]
+    async with asyncio.timeout(10):
+        while (await caller.poll())[1][b"date"] == first:
+            pass
+
+
+@on_one_loop
 async def test_a_connection_on_which_nothing_more_comes_is_closed(caller: Caller, serving: Serving) -> None:
     for _ in range(3):
         await caller.poll()

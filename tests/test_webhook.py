@@ -4,18 +4,18 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-import uvicorn
 
 from app.core.settings import Settings
 from app.observe.webhook import Webhook
 from tests.conftest import until
-from tests.serving import serve
+from tests.serving import run_uvicorn, serve
 
 SECRET = "a secret"
 
@@ -48,14 +48,10 @@ class Receiver:
 @contextlib.asynccontextmanager
 async def receiving() -> AsyncIterator[Receiver]:
     receiver = Receiver()
-    server = uvicorn.Server(uvicorn.Config(receiver, port=0, lifespan="off", log_level="warning"))
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    serving = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    receiver.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/hook"
-    yield receiver
-    server.should_exit = True
-    await serving
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        receiver.url = f"http://127.0.0.1:{listener.getsockname()[1]}/hook"
+        async with run_uvicorn(receiver, listener, lifespan="off", log_level="warning"):
+            yield receiver
 
 
 @contextlib.asynccontextmanager

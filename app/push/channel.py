@@ -20,7 +20,7 @@ class Block:
     __slots__ = ("_parted", "after", "framing", "members", "progress", "pushed")
 
     def __init__(
-        self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", "Pusher"], None]
+        self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", Pusher], None]
     ) -> None:
         self.framing = framing
         self.after = after
@@ -29,7 +29,7 @@ class Block:
         self.members: dict[Pusher, asyncio.WriteTransport] = {}
         self._parted = parted
 
-    def join(self, pusher: "Pusher") -> None:
+    def join(self, pusher: Pusher) -> None:
         self.members[pusher] = pusher.wire.transport
         pusher.block = self
         pusher.pushed -= self.pushed
@@ -42,7 +42,7 @@ class Block:
             if not transport.is_closing():
                 transport.write(data)
 
-    def part(self, pusher: "Pusher") -> None:
+    def part(self, pusher: Pusher) -> None:
         """From now on it stands for itself, right here."""
         del self.members[pusher]
         pusher.block = None

@@ -112,7 +112,7 @@ class Guard(asyncio.Protocol):
         self._held = b""
 
     def release(self) -> None:
-        """What was held is taken."""
+        """What was held is taken; of a peer that is gone, or is being sent away, nothing more is."""
         data, self._held = self._held, None
         if self.transport.is_closing():
             return
@@ -195,6 +195,15 @@ class Guard(asyncio.Protocol):
             self.transport.abort()
 
 
+def encode_refusal(error: ScanwireError) -> bytes:
+    """The whole answer of a connection that is closed behind it."""
+    problem = orjson.dumps(error.to_problem())
+    head = STATUS_LINE[error.status] + b"content-type: application/problem+json\r\nconnection: close\r\n"
+    if error.retry_after_s is not None:
+        head += b"retry-after: %d\r\n" % error.retry_after_s
+    return head + b"content-length: %d\r\n\r\n" % len(problem) + problem
+
+
 class HttpGuard(Guard, HttpHandshake):
     __slots__ = ()
 
@@ -229,11 +238,7 @@ class HttpGuard(Guard, HttpHandshake):
         """Answers whatever came, or did not come, with a problem, and closes."""
         if self.transport.is_closing():
             return
-        problem = orjson.dumps(error.to_problem())
-        head = STATUS_LINE[error.status] + b"content-type: application/problem+json\r\nconnection: close\r\n"
-        if error.retry_after_s is not None:
-            head += b"retry-after: %d\r\n" % error.retry_after_s
-        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(problem) + problem)
+        self.transport.write(encode_refusal(error))
         self.expect_close()
         self.transport.close()
 
@@ -344,10 +349,7 @@ class WebSocketGuard(Guard, WebSocketHandshake):
     def _refuse_handshake(self) -> None:
         """uvicorn would keep the connection for ever, and send nothing; not even the answer that may be ready."""
         advice = "This is no handshake of a WebSocket: GET by HTTP/1.1, without a body (RFC 6455, 4.1)."
-        problem = orjson.dumps(InvalidRequest(advice).to_problem())
-        head = STATUS_LINE[400] + b"content-type: application/problem+json\r\nconnection: close\r\n"
-        answer = head + b"content-length: %d\r\n\r\n" % len(problem) + problem
-        self.transport.write(b"".join(self.conn.data_to_send()) or answer)
+        self.transport.write(b"".join(self.conn.data_to_send()) or encode_refusal(InvalidRequest(advice)))
         self.expect_close()
         self.transport.close()
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -24,7 +23,7 @@ from app.push.guard import EXTENSION, Bounds
 from app.push.wire import HttpConnection, WebSocketConnection
 from tests.conftest import until
 from tests.peers import Peer, durable, meet, parse_events
-from tests.serving import Serving, serve
+from tests.serving import Serving, run_uvicorn, serve
 from tests.test_backpressure import PART, SMALL
 from tests.test_push import add_scan
 from tests.test_scan import QUEUED, STARTED, ended
@@ -291,15 +290,9 @@ async def serve_counted(**bounds: int) -> AsyncIterator[tuple[str, Bounds]]:
 
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("here"))], lifespan=live)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(app, http=HttpConnection, ws=WebSocketConnection, lifespan="on", log_level="warning")
-        )
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-        serving = asyncio.create_task(server.serve([listener]))
-        await until(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", held
-        server.should_exit = True
-        await serving
+        options = {"http": HttpConnection, "ws": WebSocketConnection, "lifespan": "on", "log_level": "warning"}
+        async with run_uvicorn(app, listener, **options):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", held
 
 
 @pytest.mark.parametrize("bound", ["max_connections", "max_connections_per_client"])
