@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.api.security import Security
 from app.log.sqlite import SqliteJournal
-from app.push.plain import Head
+from app.push.plain import Head, PlainAnswers
 from tests.conftest import until
 from tests.peers import Peer, meet
 from tests.serving import Serving, serve
@@ -257,13 +257,20 @@ async def test_a_request_that_came_behind_another_is_not_known_by_the_head_of_an
 ) -> None:
     other = (await serving.submit("external"))["links"]["self"]
     journal, kept = serving.service.log._journal, list[Any]()
-    submit = journal.submit
+    submit, take, taken = journal.submit, PlainAnswers.take_data, list[bytes]()
+
+    def note(wire: PlainAnswers, data: bytes) -> None:
+        take(wire, data)
+        taken.append(data)
+
+    monkeypatch.setattr(PlainAnswers, "take_data", note)
     await caller.peer.ask("/healthz")
     await caller.read()
     monkeypatch.setattr(journal, "submit", kept.append)
     await caller.peer.ask(other, method="DELETE")  # waits for the journal
     await until(lambda: kept)
     await caller.peer.ask(caller.path)
+    await until(lambda: taken[-1].startswith(f"GET {caller.path}".encode()))
     monkeypatch.undo()
     for writes in kept:
         submit(writes)
