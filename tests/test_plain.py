@@ -281,6 +281,34 @@ async def test_a_request_that_came_behind_another_is_not_known_by_the_head_of_an
 
 
 @on_one_loop
+async def test_a_request_that_comes_before_the_last_one_has_left_its_layers_goes_the_long_way(
+    serving: Serving, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, kept, may_leave = serving.service.log._journal, list[Any](), asyncio.Event()
+    submit, wait = journal.submit, asyncio.wait
+
+    async def wait_on(*args: Any, **options: Any) -> Any:
+        done = await wait(*args, **options)
+        await may_leave.wait()
+        return done
+
+    for _ in range(3):
+        await caller.post(token=f"{caller.token} ")  # of another head
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "wait", wait_on)
+        assert (await caller.post())[0] == 202
+        patch.setattr(journal, "submit", kept.append)
+        await caller.send_row()
+        await until(lambda: kept)
+        may_leave.set()
+        await until(lambda: all("wait_on" not in repr(task.get_stack()) for task in asyncio.all_tasks()))
+    for writes in kept:
+        submit(writes)
+    assert (await caller.read())[2]["seq"] == 6
+    assert (await caller.post())[1]["seq"] == 7
+
+
+@on_one_loop
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_a_request_whose_body_was_not_read_yet_is_not_known(caller: Caller, method: str) -> None:
     path = caller.path if method == "GET" else "/v1/nothing"

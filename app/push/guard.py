@@ -112,11 +112,9 @@ class Guard(asyncio.Protocol):
         self._held = b""
 
     def release(self) -> None:
-        """What was held is taken; of a peer that is gone, or is being sent away, nothing more is."""
+        """What was held is taken, though its peer may be gone: it is heard all the same."""
         data, self._held = self._held, None
-        if self.transport.is_closing():
-            return
-        if not self.is_reading_paused():
+        if not self.is_reading_paused() and not self.transport.is_closing():
             self.transport.resume_reading()
         if data:
             self.take_data(data)

@@ -28,6 +28,8 @@ class HttpHandshake(HttpToolsProtocol):
     __slots__ = ()
 
     def handle_websocket_upgrade(self) -> None:
+        if self.transport.is_closing():  # nobody would tell the other protocol that it is lost
+            return
         fields = dict(self.headers)
         if not self._is_plain(fields):
             super().handle_websocket_upgrade()

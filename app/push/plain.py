@@ -91,8 +91,10 @@ class PlainAnswers(HttpGuard):
         super().take_data(data)
 
     def _is_over(self) -> bool:
-        """Whether nothing of the last request is left, neither to be answered nor to be read."""
-        return self.cycle.response_complete and not self.cycle.more_body
+        """Whether nothing of the last request is left: no answer, no body that has to be read, and no step of its
+        task, which would find it unanswered again. When that ends, uvicorn takes `on_response` away."""
+        cycle = self.cycle
+        return cycle.response_complete and not cycle.more_body and cycle.on_response != self.on_response_complete
 
     def take_body(self) -> bytes | None:
         """The body of the request that is being served, if all of it is here."""
@@ -112,7 +114,12 @@ class PlainAnswers(HttpGuard):
         self._unset_keepalive_if_required()
         self.cycle.response_complete = False  # so that uvicorn knows that something is being served
         self.hold()
-        answered.add_done_callback(lambda _: self.release())
+        answered.add_done_callback(self._go_on)
+
+    def _go_on(self, _: object) -> None:
+        if self.transport.is_closing():
+            self._held = None  # it came behind the last one that is answered here
+        self.release()
 
     def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
