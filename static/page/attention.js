@@ -2,6 +2,7 @@
 /** What reaches people who look elsewhere: title, favicon, the line for screen readers, a notification. */
 
 import { find, findInput, findLink, setText } from "./dom.js";
+import { formatPercent } from "./format.js";
 
 const SAY_EVERY_MS = 10_000;
 const STEPS = 20; // of the favicon
@@ -14,8 +15,7 @@ const COLOURS = { completed: "#2f9e62", failed: "#d64545", lost: "#d64545", canc
  * @param {number | null} share of the work that is done; null when there is nothing to say
  */
 export function showTitle(name, share) {
-  // Most shares are no exact numbers: 0.29 * 100 is a little less than 29.
-  const title = share === null ? `${name} · Scanwire` : `(${Math.floor(share * 100 + 1e-9)} %) ${name}`;
+  const title = share === null ? `${name} · Scanwire` : `(${formatPercent(share)}) ${name}`;
   if (document.title !== title) document.title = title;
 }
 

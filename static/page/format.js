@@ -85,8 +85,14 @@ export const formatOrdinal = (count) => `${count}${SUFFIXES[ordinals.select(coun
  */
 export const formatCount = (count, one, many = `${one}s`) => `${formatWhole(count)} ${count === 1 ? one : many}`;
 
-/** @param {number} share 0 to 1; 99.9 is not yet 100 */
-export const formatPercent = (share) => `${Math.floor(share * 100)} %`;
+/**
+ * Whole percents; 99.9 is not yet 100. Most shares are no exact numbers: 0.29 * 100 is a little less than 29.
+ *
+ * @param {number} share 0 to 1
+ */
+export const countPercent = (share) => Math.floor(share * 100 + 1e-9);
+/** @param {number} share 0 to 1 */
+export const formatPercent = (share) => `${countPercent(share)} %`;
 
 /**
  * Enough decimals for the numbers of one column, the same for all of them.

@@ -152,7 +152,7 @@ export class Standing {
     const share = this.share;
     if (share === null || this.end !== null) return `${this.name}: ${this.describe()}`;
     const left = this.progress?.eta_s ? `, ${formatRange(this.progress.eta_s)} left` : "";
-    return `${this.name}: ${Math.floor(share * 100)} %, ${formatCount(this.matches, "match", "matches")}${left}`;
+    return `${this.name}: ${formatPercent(share)}, ${formatCount(this.matches, "match", "matches")}${left}`;
   }
 
   get done() {

@@ -4,7 +4,7 @@
 import { notify, offerNotification, say, sayProgress, showFavicon, showTitle } from "./attention.js";
 import { Chart } from "./chart.js";
 import { find, findButton, findInput, findLink, make, makeTime, setText } from "./dom.js";
-import { clock, describeParams, formatCount, formatDuration, formatRange, formatRate, formatWhole, isSynthetic } from "./format.js";
+import { clock, countPercent, describeParams, formatCount, formatDuration, formatRange, formatRate, formatWhole, isSynthetic } from "./format.js";
 import { Months } from "./months.js";
 import { Standing } from "./progress.js";
 import { KEEP_ROWS, Rows } from "./rows.js";
@@ -247,7 +247,7 @@ export class ScanView {
     const bar = find("progress");
     bar.dataset.state = share === null && state === "running" ? "unknown" : state;
     if (share === null) bar.removeAttribute("aria-valuenow");
-    else bar.setAttribute("aria-valuenow", `${Math.floor(share * 100)}`);
+    else bar.setAttribute("aria-valuenow", `${countPercent(share)}`);
     bar.setAttribute("aria-valuetext", this.#standing.speak());
     find("progress-bar").style.transform = `scaleX(${share ?? 0})`;
   }

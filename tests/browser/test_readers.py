@@ -1,6 +1,7 @@
 """What the page owes its readers: it keeps what they wrote, stays in its place, and is whole by keyboard and locale."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,12 @@ async def test_nothing_is_cut_off_from_a_small_phone_to_a_wall(page: Page, servi
     assert box is not None
     assert box["x"] + box["width"] < 350
     await producer.end()
+
+
+async def test_a_share_is_the_same_whole_percent_wherever_it_stands(page: Page, serving: Serving) -> None:
+    producer = await Producer.start(serving.url, total=1000)
+    await producer.post_rows(290)  # 0.29 * 100 is less than 29
+    await page.goto(f"{serving.url}/scans/{producer.id}")
+    await expect(page.locator("#stats")).to_contain_text("290 of 1,000 pages, 29 %")
+    await expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "29")
+    await expect(page).to_have_title(re.compile(r"^\(29 %\)"))
