@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,3 +104,9 @@ def both_paths(request: pytest.FixtureRequest) -> Iterator[None]:
     IS_WIRED[0] = request.param == "wire"
     yield
     IS_WIRED[0] = True
+
+
+def pytest_configure() -> None:
+    """Thousands of peers are open in some tests; for all of them, in whatever order they come, the bound is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

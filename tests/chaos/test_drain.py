@@ -1,7 +1,6 @@
 """A stop: everybody hears of it in time, nothing is lost, and the next process goes on."""
 
 import asyncio
-import resource
 import signal
 import sqlite3
 import time
@@ -73,8 +72,6 @@ async def test_all_streams_are_told_when_to_come_back_and_resume_on_the_next_pro
     tmp_path: Path, synthetic_prices: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = count_streams(300)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     drain_s = 2 if count <= 400 else 10
     port = find_port()
     environment = make_environment(

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -73,8 +72,6 @@ async def check_whole(serving: Serving, scan: str, watching: asyncio.Task[httpx.
 async def test_half_sent_heads_are_answered_and_gone_at_their_deadline_while_others_are_served(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, max(4096, 3 * PEERS)), most))
     head = b"GET /v1/scanners HTTP/1.1\r\nHost: local"
     async with serve(tmp_path, sample_prices, workers=1, head_wait_s=2 + PEERS / 1000) as serving:
         watching = await watch_on(serving, "s_a")
