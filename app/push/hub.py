@@ -11,6 +11,7 @@ from app.core.event import Cursor
 from app.log.eventlog import EventLog
 from app.push.channel import BLOCK, Channel
 from app.push.frames import Framing
+from app.push.pace import Pace
 from app.push.parting import Parting
 from app.push.puller import Puller
 from app.push.subscriber import Pusher, Subscriber, Wire
@@ -19,7 +20,6 @@ SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have
 # What is written in one turn of the loop, and how long it may work at it; then others have their turn.
 TURN_WRITES = 512
 TURN_S = 0.004
-REST = 3  # after a flush, the next one waits for so many times as long as that took, up to `batch_max_ms`
 
 
 class HubStatistics(NamedTuple):
@@ -34,19 +34,18 @@ class Hub:
 
     However much is appended in one turn of the loop, there is one flush. Frames are made once in it, and written to
     each pusher that was level with the channel; all others read for themselves. Under load flushes come further apart,
-    so that pushing takes a quarter of the loop's time and several events share a write.
+    at its `Pace`, and several events share a write.
     """
 
     def __init__(self, log: EventLog, *, batch_ms: float = 0, batch_max_ms: float = 20) -> None:
         self._log = log
         self._batch_s = batch_ms / 1000
-        self._batch_max_s = batch_max_ms / 1000
+        self._pace = Pace(batch_max_ms / 1000)
         self._channels: dict[str, Channel] = {}
         self._dirty: dict[str, Channel] = {}
         self._pushing: Iterator[int] | None = None  # the flush under way
         self._is_scheduled = False
-        self._rests_until = 0.0
-        self._began = 0.0  # the flush under way
+        self._began_s = 0.0  # the flush under way, by the CPU time of this thread
         self._oldest_ts: int | None = None  # of the durable events in it
         self._subscribers: set[Subscriber] = set()
         self._wheel: list[set[Pusher]] = [set() for _ in range(SPOKES)]
@@ -68,7 +67,7 @@ class Hub:
     def _schedule(self) -> None:
         if self._dirty and not self._is_scheduled:
             self._is_scheduled = True
-            wait_s = max(self._rests_until - time.monotonic(), self._batch_s)
+            wait_s = max(self._pace.wait_s(time.monotonic()), self._batch_s)
             asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
@@ -78,7 +77,7 @@ class Hub:
             dirty, self._dirty = self._dirty, {}
             self._pushing = self._push(dirty)
             self._flushes += 1
-            self._began = now
+            self._began_s = time.thread_time()
         for count in self._pushing:
             writes += count
             if writes >= TURN_WRITES or time.monotonic() - now > TURN_S:
@@ -87,11 +86,10 @@ class Hub:
         loop.call_soon(self._rest)  # the transports write at the end of this turn
 
     def _rest(self) -> None:
-        now = time.monotonic()
         if self._oldest_ts is not None:
             self.note_lag((self._log.now_ms() - self._oldest_ts) / 1000)
             self._oldest_ts = None
-        self._rests_until = now + min((now - self._began) * REST, self._batch_max_s)
+        self._pace.note(time.thread_time() - self._began_s, time.monotonic())
         self._pushing, self._is_scheduled = None, False
         self._schedule()
 
