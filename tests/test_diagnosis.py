@@ -16,6 +16,7 @@ from app.eventstream import SseDecoder
 from app.observe.diagnosis import Diagnosis, diagnose
 from app.observe.incidents import Change, Emergency, Incidents
 from app.observe.measures import Reading, Severity, judge
+from app.observe.metrics import LAG_EVERY_S
 from app.observe.tally import Numbers, State, Tally
 from tests.conftest import Gate
 from tests.serving import Serving, serve
@@ -128,7 +129,7 @@ async def test_a_blocked_loop_is_found(tmp_path: Path, sample_prices: Path) -> N
     async with serve(tmp_path, sample_prices, block_report_ms=100, target_loop_lag_s=0.1, **QUICK) as serving:
         for _ in range(3):
             time.sleep(0.5)  # noqa: ASYNC251 - the fault itself
-            await asyncio.sleep(0.06)
+            await asyncio.sleep(2 * LAG_EVERY_S)
         cause = await until_cause(serving, "blocked event loop")
         assert cause["kind"] == "application logic"
         assert "action=loop_blocked" in cause["cure"]
