@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import orjson
 
@@ -28,8 +28,7 @@ class EventType(StrEnum):
     BYE = "bye"
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
+class Cursor(NamedTuple):
     """A position in the service-wide order of durable events: all events with a number up to `n` have been read.
 
     The epoch names the log's life. Without it, a cursor from a log that was deleted would point into the middle of

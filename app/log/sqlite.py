@@ -182,11 +182,8 @@ class SqliteJournal:
                 # Under load more writes share a transaction; the first one after a rest is not kept waiting.
                 if batch[0] is not None and (wait_s := rests_until - time.monotonic()) > 0:
                     self._closing.wait(wait_s)
-                while True:
-                    try:
-                        batch.append(self._queue.get_nowait())
-                    except queue.Empty:
-                        break
+                while not self._queue.empty():
+                    batch.append(self._queue.get_nowait())
                 is_open = None not in batch
                 writes = [write for submitted in batch for write in submitted or ()]
                 # Behind what could not be written nothing may be: its seq would have a gap.
