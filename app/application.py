@@ -125,7 +125,6 @@ def create_app(
     app.state.snapshots = polling.SnapshotCache()
     app.state.legacy_rows = LegacyRows(settings.legacy_memory_bytes)
     protected = protect(app, settings, external.has_own_token, lambda security: Shortcuts(security, app))
-    app.state.note_answer = None
     return Deprecated(protected, lambda: app.state.service.metrics)
 
 
@@ -193,7 +192,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             lookout.tell = webhook.submit
             metrics.tell_push_lag, metrics.tell_loop_lag = tally.note_push_lag, tally.note_loop_lag
             sessions.note_poll, sessions.note_stream = tally.note_poll, tally.note_connect
-            runner.note_chunk, app.state.note_answer = tally.note_chunk, tally.note_answer
+            runner.note_chunk = tally.note_chunk
 
             def note_finished(scan_id: str) -> None:
                 sessions.forget(scan_id)
@@ -214,6 +213,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 reaper=reaper,
                 metrics=metrics,
                 lookout=lookout,
+                note_answer=tally.note_answer,
             )
             await admission.take_up()
             # What was loaded to start lives as long as the service: the collector need not look at it again.

@@ -1,5 +1,6 @@
 """The parts of the running service, as request handlers reach them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -32,6 +33,7 @@ class Service:
     reaper: Reaper
     metrics: Metrics
     lookout: Lookout
+    note_answer: Callable[[float], None]  # seconds that one took
 
 
 def get_service(connection: HTTPConnection) -> Service:

@@ -36,33 +36,45 @@ class Shortcuts:
     def __init__(self, security: Security, app: Starlette) -> None:
         self._security = security
         self._state = app.state
-        self._otherwise = Timing(security, lambda: app.state.note_answer)
+        self._otherwise = Timing(security, lambda: app.state.service.note_answer)
         self._snapshots: SnapshotCache = app.state.snapshots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wire: PlainAnswers | None = find_wire(scope) if scope["type"] == "http" else None
-        asked = None if wire is None else self._read(scope, wire)
-        if wire is None or asked is None:
+        line = None if wire is None else _Line(wire, self._state.service, self._snapshots)
+        asked = None if line is None else line.read(scope)
+        if line is None or asked is None:
             await self._otherwise(scope, receive, send)
             return
         began = time.perf_counter()
         scan_id, fields, body = asked
         try:
             client = self._security.check(scope)
-            post = None if body is None else Post.check(self._service, scan_id, fields)
+            post = None if body is None else Post.check(line.service, scan_id, fields)
         except ScanwireError as refusal:
-            self._respond(wire, began, _encode_refusal(refusal))
+            line.respond(began, _encode_refusal(refusal))
             return
         if post is None:
-            wire.repeat_with(partial(self._repeat_poll, wire, client, scan_id))
-            self._poll(wire, client, scan_id, fields, began)
+            line.wire.repeat_with(partial(line.repeat_poll, client, scan_id))
+            line.poll(client, scan_id, fields, began)
         else:
-            wire.repeat_with(partial(self._repeat_post, wire, post))
-            answered = self._post(wire, post, body or b"", began)
+            line.wire.repeat_with(partial(line.repeat_post, post))
+            answered = line.post(post, body or b"", began)
             if answered is not None:
                 await asyncio.wait((answered,))
 
-    def _read(self, scope: Scope, wire: PlainAnswers) -> tuple[str, Mapping[bytes, bytes], bytes | None] | None:
+
+class _Line:
+    """One connection, on which such requests come."""
+
+    __slots__ = ("_snapshots", "service", "wire")
+
+    def __init__(self, wire: PlainAnswers, service: Service, snapshots: SnapshotCache) -> None:
+        self.wire = wire
+        self.service = service
+        self._snapshots = snapshots
+
+    def read(self, scope: Scope) -> tuple[str, Mapping[bytes, bytes], bytes | None] | None:
         """The scan, the fields, and the body of a post; None for what is not answered here."""
         method, path = scope["method"], scope["path"]
         if not path.startswith(_SCANS):
@@ -70,54 +82,52 @@ class Shortcuts:
         fields = dict(scope["headers"])
         if b"origin" in fields:  # of a browser, which may want the fields that CORS adds
             return None
-        if method == "GET" and self._service.log.find(path[len(_SCANS) :]) is not None:
+        if method == "GET" and self.service.log.find(path[len(_SCANS) :]) is not None:
             if scope["query_string"] or b"prefer" in fields or b"last-event-id" in fields:
                 return None
             return path[len(_SCANS) :], fields, None
         if has_own_token(method, path):
-            body = wire.take_body()
-            if body is not None and len(body) <= self._service.settings.max_events_body_bytes:
+            body = self.wire.take_body()
+            if body is not None and len(body) <= self.service.settings.max_events_body_bytes:
                 return path.split("/")[3], fields, body
         return None
 
-    def _repeat_poll(
-        self, wire: PlainAnswers, client: str, scan_id: str, fields: Mapping[bytes, bytes], body: bytes
-    ) -> bool:
+    def repeat_poll(self, client: str, scan_id: str, fields: Mapping[bytes, bytes], body: bytes) -> bool:
         began = time.perf_counter()
-        is_plain = not body and self._service.log.find(scan_id) is not None
+        is_plain = not body and self.service.log.find(scan_id) is not None
         if is_plain:
-            self._poll(wire, client, scan_id, fields, began)
+            self.poll(client, scan_id, fields, began)
         return is_plain
 
-    def _repeat_post(self, wire: PlainAnswers, post: Post, fields: Mapping[bytes, bytes], body: bytes) -> bool:
+    def repeat_post(self, post: Post, fields: Mapping[bytes, bytes], body: bytes) -> bool:
         began = time.perf_counter()
-        if len(body) > self._service.settings.max_events_body_bytes:
+        if len(body) > self.service.settings.max_events_body_bytes:
             return False
-        answered = self._post(wire, post, body, began, fields)
+        answered = self.post(post, body, began, fields)
         if answered is not None:
-            wire.hold_until(answered)
+            self.wire.hold_until(answered)
         return True
 
-    def _poll(self, wire: PlainAnswers, client: str, scan_id: str, fields: Mapping[bytes, bytes], began: float) -> None:
-        service = self._service
+    def poll(self, client: str, scan_id: str, fields: Mapping[bytes, bytes], began: float) -> None:
+        service = self.service
         try:
             service.limits.charge("read", client)
             scan, if_none_match = service.log.get(scan_id), fields.get(b"if-none-match", b"")
             answer = encode_answer(service, self._snapshots, client, scan, if_none_match)
         except ScanwireError as refusal:
             answer = _encode_refusal(refusal)
-        self._respond(wire, began, answer)
+        self.respond(began, answer)
 
-    def _post(
-        self, wire: PlainAnswers, post: Post, body: bytes, began: float, fields: Mapping[bytes, bytes] | None = None
+    def post(
+        self, post: Post, body: bytes, began: float, fields: Mapping[bytes, bytes] | None = None
     ) -> "asyncio.Future[Scan] | None":
         """Gives what is done when it is answered; None when it is answered already. `fields` are those of a post that
         is like the one that was checked."""
-        service = self._service
+        service = self.service
         try:
             appending = (post if fields is None else post.renumber(fields)).append(service, body)
         except ScanwireError as refusal:
-            self._respond(wire, began, _encode_refusal(refusal))
+            self.respond(began, _encode_refusal(refusal))
             return None
         timer = asyncio.get_running_loop().call_later(service.settings.commit_wait_s, appending.cancel)
 
@@ -126,24 +136,19 @@ class Shortcuts:
             try:
                 text = acknowledge(service, appending.result())
             except asyncio.CancelledError:
-                self._respond(wire, began, _encode_refusal(is_unsure()))
+                self.respond(began, _encode_refusal(is_unsure()))
             except ScanwireError as refusal:
-                self._respond(wire, began, _encode_refusal(refusal))
+                self.respond(began, _encode_refusal(refusal))
             else:
-                self._respond(wire, began, (202, [*_POSTED, (b"content-length", b"%d" % len(text))], text))
+                self.respond(began, (202, [*_POSTED, (b"content-length", b"%d" % len(text))], text))
 
         appending.add_done_callback(answer)
         return appending
 
-    def _respond(self, wire: PlainAnswers, began: float, answer: Answer) -> None:
+    def respond(self, began: float, answer: Answer) -> None:
         status, fields, body = answer
-        wire.respond(status, (*fields, *DATA_HEADERS), body)
-        self._state.note_answer(time.perf_counter() - began)
-
-    @property
-    def _service(self) -> Service:
-        service: Service = self._state.service
-        return service
+        self.wire.respond(status, (*fields, *DATA_HEADERS), body)
+        self.service.note_answer(time.perf_counter() - began)
 
 
 def _encode_refusal(refusal: ScanwireError) -> Answer:
