@@ -83,9 +83,10 @@ def make_event(
 ) -> Event:
     """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
     here and null on the wire."""
+    name = str(type)  # orjson takes three times as long for an enum
     if cursor is None:
-        whole = {"scan": scan or None, "seq": seq, "type": type, "ts": ts, "data": data}
+        whole = {"scan": scan or None, "seq": seq, "type": name, "ts": ts, "data": data}
         return Event(type, scan, seq, None, None, orjson.dumps(whole, default=_take_json), ts)
     id = str(cursor)
-    whole = {"id": id, "scan": scan, "seq": seq, "type": type, "ts": ts, "data": data}
+    whole = {"id": id, "scan": scan, "seq": seq, "type": name, "ts": ts, "data": data}
     return Event(type, scan, seq, cursor.n, id, orjson.dumps(whole, default=_take_json), ts)

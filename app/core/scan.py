@@ -205,11 +205,10 @@ def feed_digest(digest: "hashlib._Hash", rows: Iterable[Row]) -> None:
         digest.update(canonical_row(row) + b"\n")
 
 
-def _replace(scan: Scan, changes: Mapping[str, Any]) -> Scan:
+def _replace(scan: Scan, changes: dict[str, Any]) -> Scan:
     """As `dataclasses.replace`, in a tenth of its time: it is done for every event."""
     changed = object.__new__(Scan)
-    vars(changed).update(vars(scan))
-    vars(changed).update(changes)
+    object.__setattr__(changed, "__dict__", vars(scan) | changes)
     return changed
 
 

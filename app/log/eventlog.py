@@ -69,7 +69,6 @@ class EventLog:
         self._logs: dict[str, _ScanLog] = {}
         self._finished: OrderedDict[str, int] = OrderedDict()  # in memory though finished, with their size
         self._finished_bytes = 0
-        self._waiting: dict[int, asyncio.Future[Scan]] = {}  # by id() of the write
         self._outbox: list[Write] = []  # appended in this turn of the loop
         self._listeners: list[Callable[[str], None]] = []
         self._last_n = 0
@@ -121,13 +120,12 @@ class EventLog:
         self._hand_over()
         left = await to_thread.run_sync(self._journal.close)
         await asyncio.sleep(0)  # let the last commits be shown first
-        waiting = [self._waiting.pop(id(write)) for write in left]
-        waiting += [log.accepted for log in self._logs.values() if log.accepted is not None]
+        waiting = [write.committed for write in left] + [log.accepted for log in self._logs.values()]
         for log in self._logs.values():
             if log.progress_timer is not None:
                 log.progress_timer.cancel()
         for future in waiting:
-            if not future.done():
+            if future is not None and not future.done():
                 future.set_exception(JournalUnavailable("The journal was closed before this could be written."))
                 future.exception()  # its caller may be gone; that is no reason for a warning
 
@@ -183,7 +181,7 @@ class EventLog:
             loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
         self._outbox.append(write)
         # Its own: a caller that is cancelled cancels nothing else.
-        committed = self._waiting[id(write)] = loop.create_future()
+        write.committed = committed = loop.create_future()
         return committed
 
     def _hand_over(self) -> None:
@@ -229,35 +227,32 @@ class EventLog:
 
     def _show(self, writes: Sequence[Write]) -> None:
         for write in writes:
-            log = self._logs.get(write.scan.id)
-            if log is None:  # removed again by one who did not wait for the first time
-                if not (waiting := self._waiting.pop(id(write))).done():
-                    waiting.set_result(write.scan)
-                continue
-            log.shown = write.scan
-            if log.accepted is not None and not log.accepted.done():
-                log.accepted.set_result(write.scan)
-            if write.removes:
-                self._forget(write.scan.id)
-                del self._logs[write.scan.id]
-            elif write.trims:
-                self._forget(write.scan.id)
-            elif log.events is not None:
-                log.events.extend(write.events)
-                for event in write.events:
-                    log.size += len(event.json)
-            if write.checkpoint is not None and log.checkpoints is not None:
-                log.checkpoints.append(write.checkpoint)
-            self._appended += len(write.events)
-            self.shown_n = max(self.shown_n, write.scan.n)
-            if write.events and write.scan.state.is_terminal:
-                log.progress_event = None
-                self._keep_in_memory(write.scan.id, log)
-            waiting = self._waiting.pop(id(write))
-            if not waiting.done():
-                waiting.set_result(write.scan)
-            if write.events or write.trims or write.removes:
-                self._tell(write.scan.id)
+            scan, events = write.scan, write.events
+            log = self._logs.get(scan.id)
+            if log is not None:  # else removed again by one who did not wait for the first time
+                log.shown = scan
+                if log.accepted is not None and not log.accepted.done():
+                    log.accepted.set_result(scan)
+                if write.trims or write.removes:
+                    self._forget(scan.id)
+                    if write.removes:
+                        del self._logs[scan.id]
+                elif log.events is not None:
+                    log.events += events
+                    for event in events:
+                        log.size += len(event.json)
+                if write.checkpoint is not None and log.checkpoints is not None:
+                    log.checkpoints.append(write.checkpoint)
+                self._appended += len(events)
+                if scan.n > self.shown_n:
+                    self.shown_n = scan.n
+                if events and scan.state.is_terminal:
+                    log.progress_event = None
+                    self._keep_in_memory(scan.id, log)
+            if write.committed is not None and not write.committed.done():
+                write.committed.set_result(scan)
+            if log is not None and (events or write.trims or write.removes):
+                self._tell(scan.id)
 
     def _keep_in_memory(self, scan_id: str, log: _ScanLog) -> None:
         self._finished[scan_id] = log.size

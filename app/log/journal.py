@@ -1,5 +1,6 @@
 """Where the log is kept: the interface of a journal, and what goes into it."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -36,6 +37,7 @@ class Write:
     is_told: bool = True  # whether the events tell all that is new in the scan
     trims: bool = False  # forget all events but the end, and the checkpoints
     removes: bool = False  # forget the scan
+    committed: "asyncio.Future[Scan] | None" = None  # for the log alone
 
 
 class Kept(NamedTuple):
