@@ -76,9 +76,6 @@ class FakeWire:
     def open(self, turned: Callable[[], None]) -> None:
         self._turned, self.is_ready = turned, not self.is_blocked
 
-    def is_closing(self) -> bool:
-        return self.is_finished
-
     def write(self, data: bytes) -> None:
         assert self.is_ready
         self.written.append(data)

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -397,3 +399,40 @@ class Pushing(RuleBasedStateMachine):
 
 Pushing.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestPushing = Pushing.TestCase
+
+
+def test_who_has_closed_and_whose_end_waits_for_its_turn_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    """Under uvloop, which tells of a write to a closed transport with an error."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with open_log(tmp_path) as log:
+            hub = Hub(log)
+            await add_scan(log, "s_a", QUEUED, STARTED)
+            peers = []
+            transports = []
+            for _ in range(2):
+                own, peer = socket.socketpair()
+                wire = FakeWire()
+                wire.transport, _ = await loop.create_connection(asyncio.Protocol, sock=own)
+                transports.append(wire.transport)
+                peers.append(peer)
+                subscriber = hub.push(wire, PLAIN, ends=True)
+                hub.subscribe(subscriber, "s_a", None)
+                subscriber.wake()
+            await until(lambda: [len(block.members) for block in hub._channels["s_a"].blocks] == [2])
+            transports[0].abort()
+            for _ in range(3):
+                await asyncio.sleep(0)
+            with pytest.raises(RuntimeError):
+                transports[0].write(b"it is closed")
+            await log.append("s_a", found(1))
+            peers[1].settimeout(5)
+            try:
+                assert b'"matches"' in await asyncio.to_thread(peers[1].recv, 4096)
+            finally:
+                transports[1].abort()
+                for peer in peers:
+                    peer.close()
+
+    uvloop.run(main())
