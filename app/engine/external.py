@@ -185,7 +185,10 @@ class Producers:
 
     def _draft(self, work: _Work, said: Sequence[Said]) -> _Draft:
         """Raises InvalidParams, which names what is wrong."""
-        count = len(said) + sum(len(one.rows) for one in said if isinstance(one, MatchesFound))
+        count = len(said)
+        for one in said:
+            if isinstance(one, MatchesFound):
+                count += len(one.rows)
         if count > self._settings.max_events_per_request:
             limit = self._settings.max_events_per_request
             raise InvalidParams.of("events", f"there are {count} events and rows; send at most {limit} in one request")
@@ -239,12 +242,13 @@ class Producers:
         work.digest.update(b"".join(draft.lines))
         if draft.said is not None:
             self._note_progress(work, draft)
-        # A chunk is what became one event; the first of them is the second event of its scan.
-        first = self._log.next_seq(work.scan_id) - 2
-        parts: list[Part] = [
-            (EventType.MATCHES, {"chunk": first + place, "rows": draft.rows[start : start + ROWS_PER_EVENT]})
-            for place, start in enumerate(range(0, len(draft.rows), ROWS_PER_EVENT))
-        ]
+        parts: list[Part] = []
+        if draft.rows:
+            # A chunk is what became one event; the first of them is the second event of its scan.
+            chunk = self._log.next_seq(work.scan_id) - 2
+            for start in range(0, len(draft.rows), ROWS_PER_EVENT):
+                parts.append((EventType.MATCHES, {"chunk": chunk, "rows": draft.rows[start : start + ROWS_PER_EVENT]}))
+                chunk += 1
         if draft.end is not None:
             state = State(draft.end.state)
             error = ProducerFailed(draft.end.error or "It gave no reason.") if state is State.FAILED else None

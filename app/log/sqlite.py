@@ -224,7 +224,7 @@ class SqliteJournal:
 
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
         rows = [
-            (event.n, event.scan, event.seq, event.type.value, event.ts, event.json)
+            (event.n, event.scan, event.seq, str(event.type), event.ts, event.json)
             for write in writes
             for event in write.events
         ]
