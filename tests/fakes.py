@@ -69,12 +69,16 @@ class FakeWire:
         self.is_blocked = False
         self.blocks_next = False
         self.is_finished = False
+        self.is_closed = False
         self.heartbeats = 0
         self.transport: Any = self
         self._turned: Callable[[], None] | None = None
 
     def open(self, turned: Callable[[], None]) -> None:
         self._turned, self.is_ready = turned, not self.is_blocked
+
+    def is_closing(self) -> bool:
+        return self.is_finished or self.is_closed
 
     def write(self, data: bytes) -> None:
         assert self.is_ready

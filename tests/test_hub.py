@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import socket
+import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -401,38 +400,49 @@ Pushing.TestCase.settings = settings(max_examples=150, stateful_step_count=40, d
 TestPushing = Pushing.TestCase
 
 
-def test_who_has_closed_and_whose_end_waits_for_its_turn_takes_nothing_from_the_others(tmp_path: Path) -> None:
-    """Under uvloop, which tells of a write to a closed transport with an error."""
+async def test_behind_a_farewell_nothing_is_written(tmp_path: Path) -> None:
+    """A transport that is closing takes more, and sends it behind what was to be the last."""
+    async with open_log(tmp_path) as log:
+        hub = Hub(log)
+        await add_scan(log, "s_a", QUEUED, STARTED)
+        leaving, staying = push(hub, "s_a"), push(hub, "s_a")
+        await until(lambda: [len(block.members) for block in hub._channels["s_a"].blocks] == [2])
+        leaving.is_closed = True
+        before = len(leaving.written)
+        await log.append("s_a", found(1))
+        await until(lambda: decode(staying)[-1]["type"] == "matches")
+        assert len(leaving.written) == before
 
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        async with open_log(tmp_path) as log:
-            hub = Hub(log)
-            await add_scan(log, "s_a", QUEUED, STARTED)
-            peers = []
-            transports = []
-            for _ in range(2):
-                own, peer = socket.socketpair()
-                wire = FakeWire()
-                wire.transport, _ = await loop.create_connection(asyncio.Protocol, sock=own)
-                transports.append(wire.transport)
-                peers.append(peer)
-                subscriber = hub.push(wire, PLAIN, ends=True)
-                hub.subscribe(subscriber, "s_a", None)
-                subscriber.wake()
-            await until(lambda: [len(block.members) for block in hub._channels["s_a"].blocks] == [2])
-            transports[0].abort()
-            for _ in range(3):
-                await asyncio.sleep(0)
-            with pytest.raises(RuntimeError):
-                transports[0].write(b"it is closed")
-            await log.append("s_a", found(1))
-            peers[1].settimeout(5)
-            try:
-                assert b'"matches"' in await asyncio.to_thread(peers[1].recv, 4096)
-            finally:
-                transports[1].abort()
-                for peer in peers:
-                    peer.close()
 
-    uvloop.run(main())
+async def test_flushes_keep_their_pace(tmp_path: Path) -> None:
+    """What a flush took is noted, the making of frames and the writes alike, and the next one waits as it is told."""
+    took: list[float] = []
+    waits = iter([0.0, 3600.0])
+
+    class FakePace:
+        def note(self, took_s: float, now: float) -> None:
+            took.append(took_s)
+
+        def wait_s(self, now: float) -> float:
+            return next(waits)
+
+    def burn(event: Event) -> bytes:
+        until_s = time.thread_time() + 0.01
+        while time.thread_time() < until_s:
+            pass
+        return event.json + b"\n"
+
+    async with open_log(tmp_path) as log:
+        hub = Hub(log)
+        hub._pace = FakePace()  # type: ignore[assignment]
+        await add_scan(log, "s_a", QUEUED, STARTED)
+        wire = push(hub, "s_a", framing=replace(PLAIN, frame=burn))
+        await until(lambda: any(channel.blocks for channel in hub._channels.values()))
+        await log.append("s_a", found(1))
+        await until(lambda: bool(took))
+        assert decode(wire)[-1]["type"] == "matches"
+        assert took[0] >= 0.01
+        await log.append("s_a", found(1))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert [event["type"] for event in decode(wire)].count("matches") == 1

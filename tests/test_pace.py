@@ -31,6 +31,25 @@ def test_one_slow_turn_makes_the_next_one_wait_hardly_at_all() -> None:
     assert max(waits) < 0.004
 
 
+def test_one_turn_however_long_makes_no_cheap_one_wait() -> None:
+    waits, _ = run(Pace(MOST_S), [(0.010, 0.0002)] * 100 + [(0.010, 0.2)] + [(0.010, 0.0002)] * 100)
+    assert max(waits) < 0.010
+
+
+def test_what_cost_much_before_a_rest_is_forgotten() -> None:
+    for took_s in (0.006, 0.025, 0.1):
+        waits, _ = run(Pace(MOST_S), [(0.050, took_s)] * 100 + [(3600.0, 0.0001)] + [(0.010, 0.0001)] * 100)
+        assert max(waits[100:]) == 0, took_s
+
+
+def test_the_time_that_a_turn_takes_pays_for_it_too() -> None:
+    pace, took_s = Pace(MOST_S), 0.004
+    for _ in range(100):
+        pace.note(took_s, 100.0)
+    pace.note(took_s, 200.0)
+    assert pace.wait_s(200.0 - took_s + took_s * PARTS - MOST_S) < 1e-9 < pace.wait_s(199.999 - took_s - MOST_S)
+
+
 def test_who_would_take_all_of_the_time_gets_its_part() -> None:
     turns = 1000
     _, end = run(Pace(MOST_S), [(0.0, 0.004)] * turns)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from starlette.applications import Starlette
@@ -36,8 +36,13 @@ class Shortcuts:
     def __init__(self, security: Security, app: Starlette) -> None:
         self._security = security
         self._state = app.state
-        self._otherwise = Timing(security, lambda: app.state.service.note_answer)
+        self._otherwise = Timing(security, self._find_note)
         self._snapshots: SnapshotCache = app.state.snapshots
+
+    def _find_note(self) -> Callable[[float], None] | None:
+        """None before the service has started, and where the server tells the application of no start."""
+        service: Service | None = getattr(self._state, "service", None)
+        return None if service is None else service.note_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wire: PlainAnswers | None = find_wire(scope) if scope["type"] == "http" else None
@@ -65,7 +70,7 @@ class Shortcuts:
 
 
 class _Line:
-    """One connection, on which such requests come."""
+    """A request, and those that repeat it on its connection."""
 
     __slots__ = ("_snapshots", "service", "wire")
 

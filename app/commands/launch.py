@@ -28,6 +28,7 @@ from app.observe.logs import configure_logging
 from app.push.wire import HttpConnection, WebSocketConnection
 
 BACKLOG = 2048
+TICK_S = 1  # how often the Date of answers is renewed
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 logger = logging.getLogger(__name__)
 
@@ -212,9 +213,9 @@ class _Server(uvicorn.Server):
         self.stop()
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # the first of each second's, which renews the Date
+        while not await self.on_tick(0):  # uvicorn renews the Date with every tenth tick; here each one is such
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), 1)
+                await asyncio.wait_for(self._stopping.wait(), TICK_S)
 
 
 async def _run_quietly(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -28,7 +28,7 @@ class Checkpoint:
 class Write:
     """What becomes durable together: some events of one scan, the scan after them, and perhaps a checkpoint.
 
-    It never changes.
+    What it says never changes.
     """
 
     scan: Scan
@@ -37,7 +37,7 @@ class Write:
     is_told: bool = True  # whether the events tell all that is new in the scan
     trims: bool = False  # forget all events but the end, and the checkpoints
     removes: bool = False  # forget the scan
-    committed: "asyncio.Future[Scan] | None" = None  # for the log alone
+    committed: "asyncio.Future[Scan] | None" = None  # the log's own, and given to nobody else
 
 
 class Kept(NamedTuple):

@@ -244,15 +244,16 @@ def read_memory(pid: int | str = "self", column: int = 1) -> int:
 class Timing:
     """Notes how long each answer took until its head was there. A long poll waits on purpose, and is left out."""
 
-    def __init__(self, app: ASGIApp, find_note: Callable[[], Callable[[float], None]]) -> None:
+    def __init__(self, app: ASGIApp, find_note: Callable[[], Callable[[float], None] | None]) -> None:
         self.app = app
         self._find_note = find_note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or any(name == b"prefer" for name, _ in scope["headers"]):
+        note = self._find_note() if scope["type"] == "http" else None
+        if note is None or any(name == b"prefer" for name, _ in scope["headers"]):
             await self.app(scope, receive, send)
             return
-        note, began = self._find_note(), time.perf_counter()
+        began = time.perf_counter()
         is_noted = False
 
         async def send_timed(message: Message) -> None:

@@ -39,10 +39,8 @@ class Block:
         self.after, self.progress = after, progress
         self.pushed += count
         for transport in tuple(self.members.values()):
-            try:
+            if not transport.is_closing():  # behind a farewell nothing may come, and a closed one raises an error
                 transport.write(data)
-            except RuntimeError:  # it is closed, and its end waits for its turn; to ask each one first costs more
-                continue
 
     def part(self, pusher: Pusher) -> None:
         """From now on it stands for itself, right here."""

@@ -7,8 +7,9 @@ SMOOTH = 8  # what is taken for the cost of a turn changes by one part in so man
 class Pace:
     """Keeps work that is done in turns down to its part of the time, by waiting between them.
 
-    One slow turn holds nobody up: a turn counts with what the last few took, and work may come to `most_s` more than
-    it has paid for. No wait is longer than `most_s`. Times are seconds of any one clock.
+    One slow turn holds nobody up: a turn counts with what the last few took, and may come up to `most_s` before it
+    is paid for. After a rest that has paid for everything, what cost much before is forgotten. No wait is longer than
+    `most_s`. `now` is of one clock, in seconds; `took_s` may leave out when others had the processor.
     """
 
     __slots__ = ("_cost_s", "_most_s", "_paid_at")
@@ -20,6 +21,9 @@ class Pace:
 
     def note(self, took_s: float, now: float) -> None:
         """A turn that took so long ends now."""
+        took_s = min(took_s, 2 * self._most_s / PARTS)
+        if self._paid_at < now - took_s:
+            self._cost_s = min(self._cost_s, took_s)
         self._cost_s += (took_s - self._cost_s) / SMOOTH
         paid_at = max(self._paid_at, now - took_s) + self._cost_s * PARTS
         self._paid_at = min(paid_at, now + 2 * self._most_s)
