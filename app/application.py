@@ -7,7 +7,7 @@ import logging
 import mimetypes
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,10 @@ from app.engine.worker import inspect_prices
 from app.log.eventlog import EventLog
 from app.log.lock import StateLock
 from app.log.sqlite import SqliteJournal
-from app.market.sample import make_sample
 from app.observe.lookout import Lookout
 from app.observe.metrics import Metrics
 from app.observe.tally import State, Tally, read_memory
 from app.observe.watchdog import Watchdog
-from app.observe.webhook import Webhook
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
 
@@ -188,8 +186,6 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             tally = make_tally(settings, runner, hub, limits, watchdog)
             lookout = Lookout(settings, tally, limits, sessions, admission, now_ms=now_ms)
             metrics.watch_incidents(lookout)
-            webhook = Webhook(settings)
-            lookout.tell = webhook.submit
             metrics.tell_push_lag, metrics.tell_loop_lag = tally.note_push_lag, tally.note_loop_lag
             sessions.note_poll, sessions.note_stream = tally.note_poll, tally.note_connect
             runner.note_chunk = tally.note_chunk
@@ -220,13 +216,18 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
-            endless = (
+            endless: list[Coroutine[Any, Any, None]] = [
                 reaper.run(),
                 lookout.run(),
-                webhook.run(),
                 hub.beat(settings.heartbeat_s),
                 metrics.measure_loop_lag(watchdog),
-            )
+            ]
+            if settings.webhook_url is not None:
+                from app.observe.webhook import Webhook  # here: to load an HTTP client takes a tenth of a start
+
+                webhook = Webhook(settings)
+                lookout.tell = webhook.submit
+                endless.append(webhook.run())
             timers = [asyncio.create_task(work) for work in endless]
             try:
                 with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():
@@ -284,5 +285,7 @@ async def _find_prices(settings: Settings, runner: Runner) -> Path:
         return settings.prices
     sample = settings.state_dir / SAMPLE_NAME
     if not sample.exists():
+        from app.market.sample import make_sample  # here: NumPy takes a while to load, and is not needed for more
+
         await runner.pool.call(make_sample, sample)
     return sample
