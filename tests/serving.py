@@ -34,6 +34,7 @@ GENEROUS = {
     "max_queued": 1000,
     "max_streams_per_client": 1000,
     "drain_s": 1,
+    "workers": 1,  # each takes half a second to load; who needs more says so
 }
 
 # Whether frames are written straight to the transport, or through any ASGI server's `send`; see `both_paths`.

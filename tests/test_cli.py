@@ -53,7 +53,7 @@ async def start(
         "app",
         *words,
         cwd=ROOT,
-        env={**clean, **(env or {})},
+        env={"SCANWIRE_WORKERS": "1", **clean, **(env or {})},
         stdin=given,
         stdout=asyncio.subprocess.PIPE if out is None else out,
         stderr=asyncio.subprocess.PIPE,

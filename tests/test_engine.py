@@ -42,7 +42,9 @@ class Engine:
     now = 1000.0  # seconds; the runner's own clock stays real, since worker processes are
 
     def __init__(self, state_dir: Path, prices: Path, **settings: Any) -> None:
-        self.settings = Settings(state_dir=state_dir, prices=prices, **(GENEROUS | {"chunk_rows": 1} | settings))
+        self.settings = Settings(
+            state_dir=state_dir, prices=prices, **(GENEROUS | {"chunk_rows": 1, "workers": 2} | settings)
+        )
         self.log = EventLog(
             SqliteJournal(state_dir / "journal.db"), now_ms=lambda: int(self.now * 1000), memory_bytes=2**20
         )

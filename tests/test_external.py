@@ -454,7 +454,7 @@ async def test_pages_of_an_allowed_origin_may_read_what_a_producer_and_a_poller_
     tmp_path: Path, sample_prices: Path
 ) -> None:
     page = "https://friend.example"
-    async with serve(tmp_path, sample_prices, workers=1, allowed_origins=page) as serving:
+    async with serve(tmp_path, sample_prices, allowed_origins=page) as serving:
         production = await produce(serving)
         production.headers["Origin"] = page
         posted = await production.post({"type": "progress", "done": 1})

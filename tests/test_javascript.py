@@ -83,7 +83,7 @@ def test_the_types_of_the_client_hold_strictly() -> None:
 async def test_the_types_are_those_of_what_the_server_answers(tmp_path: Path, sample_prices: Path) -> None:
     """Written out as literals, answers may have no member that the types do not have, and must have all of them."""
     answers: list[tuple[str, Any]] = []
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1) as serving:
+    async with serve(tmp_path, sample_prices, max_running=1) as serving:
         first, *waiting = [await serving.submit(preset="relaxed") for _ in range(3)]
         producing = await serving.submit("external", title="Test", total=10)
         events = [{"type": "matches", "rows": [{"name": "a"}]}, {"type": "progress", "done": 3, "phase": "reading"}]

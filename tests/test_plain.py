@@ -85,7 +85,7 @@ def test_a_value_that_the_parser_should_see_is_not_known(field: bytes, value: by
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> AsyncIterator[Serving]:
     settings: dict[str, Any] = {"read_per_s": 1000.0, "read_burst": 1000, "max_events_body_bytes": 4096}
-    async with serve(tmp_path_factory.mktemp("state"), sample_prices, workers=1, **settings) as serving:
+    async with serve(tmp_path_factory.mktemp("state"), sample_prices, **settings) as serving:
         yield serving
 
 

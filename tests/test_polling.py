@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures(
 async def serving(
     tmp_path_factory: pytest.TempPathFactory, sample_prices: Path, both_paths: None
 ) -> AsyncIterator[Serving]:
-    async with serve(tmp_path_factory.mktemp("state"), sample_prices, workers=1) as serving:
+    async with serve(tmp_path_factory.mktemp("state"), sample_prices) as serving:
         yield serving
 
 
@@ -60,7 +60,7 @@ async def test_a_long_poll_whose_client_has_left_gives_its_place_back(serving: S
 
 
 async def test_the_hints_of_long_polls_without_news_grow(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, long_poll_max_s=0.01) as serving:
+    async with serve(tmp_path, sample_prices, long_poll_max_s=0.01) as serving:
         log = serving.service.log
         await add_scan(log, "s_a", QUEUED, STARTED)
         for tail in ("", "/events"):
@@ -73,7 +73,7 @@ async def test_the_hints_of_long_polls_without_news_grow(tmp_path: Path, sample_
 
 async def test_a_hint_aims_just_behind_the_end_that_is_expected_by_now(tmp_path: Path, sample_prices: Path) -> None:
     clock = Clock()
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, producer_timeout_s=600) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, producer_timeout_s=600) as serving:
         scan = await serving.submit("external", total=60)
         token = {"Authorization": f"Bearer {scan['producer_token']}"}
 
@@ -114,7 +114,7 @@ async def test_who_pages_through_events_is_not_told_to_wait_while_there_is_more(
 
 
 async def test_a_body_that_trickles_in_is_refused_when_its_time_is_over(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, body_wait_s=0.2) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices, body_wait_s=0.2) as serving, meet(serving.url) as peer:
         await peer.ask("/v1/scans", "Content-Type: application/json", "Content-Length: 20", method="POST", body=b'{"sc')
         status, fields, body = await peer.read_answer()
         assert status.split()[1] == b"408"

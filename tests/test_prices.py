@@ -136,7 +136,7 @@ async def test_a_file_that_was_replaced_is_not_read(tmp_path: Path, sample_price
 async def test_while_all_workers_are_busy_a_read_waits_for_so_long_and_is_then_refused(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, price_wait_s=0.1) as serving:
+    async with serve(tmp_path, sample_prices, price_wait_s=0.1) as serving:
         pool = serving.service.runner.pool
         async with pool._calls:
             answer = await asyncio.wait_for(serving.http.get("/v1/prices/AAPL"), 5)

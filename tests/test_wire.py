@@ -31,7 +31,7 @@ SSE = "Accept: text/event-stream"
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def serving(tmp_path_factory: pytest.TempPathFactory, sample_prices: Path) -> AsyncIterator[Serving]:
     assert IS_WIRED[0]
-    async with serve(tmp_path_factory.mktemp("state"), sample_prices, workers=1) as serving:
+    async with serve(tmp_path_factory.mktemp("state"), sample_prices) as serving:
         yield serving
 
 
@@ -228,7 +228,7 @@ async def test_events_around_the_second_change_of_the_frame_header_are_read_by_a
     def make_part(padding: int) -> tuple[EventType, dict[str, Any]]:
         return EventType.MATCHES, {"chunk": 0, "rows": [{"symbol": "A" * padding}]}
 
-    async with serve(tmp_path, sample_prices, workers=1) as serving, open_socket(serving) as socket:
+    async with serve(tmp_path, sample_prices) as serving, open_socket(serving) as socket:
         log = serving.service.log
         await add_scan(log, "s_big", QUEUED, STARTED, make_part(1))
         around = len((await log.read("s_big", 2))[0].json) - 1
@@ -252,7 +252,7 @@ async def test_a_websocket_is_pinged_and_one_that_never_answers_is_cut_off(tmp_p
     )
     pong = b"\x8a\x80\0\0\0\0"  # masked by zeros
     async with (
-        serve(tmp_path, sample_prices, workers=1, heartbeat_s=0.3) as serving,
+        serve(tmp_path, sample_prices, heartbeat_s=0.3) as serving,
         meet(serving.url) as lively,
         meet(serving.url) as dead,
     ):
@@ -273,7 +273,7 @@ async def test_at_a_drain_streams_end_with_bye_and_websockets_close_with_1001(
     tmp_path: Path, sample_prices: Path, scan: str
 ) -> None:
     async with (
-        serve(tmp_path, sample_prices, workers=1) as serving,
+        serve(tmp_path, sample_prices) as serving,
         meet(serving.url) as peer,
         open_socket(serving) as socket,
     ):
@@ -311,7 +311,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 
 async def test_under_tls_the_same_comes(tmp_path: Path, sample_prices: Path, scan: str, tls: Tls) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, tls=tls) as serving:
+    async with serve(tmp_path, sample_prices, tls=tls) as serving:
         log = serving.service.log
         await add_scan(log, scan, QUEUED, STARTED)
         async with open_socket(serving, ssl=tls.make_context()) as socket:

@@ -49,7 +49,7 @@ OBSERVE = """() => {
 async def serving(
     browser: Browser, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
-    async with serve(tmp_path_factory.mktemp("state"), synthetic_prices, workers=1) as serving:
+    async with serve(tmp_path_factory.mktemp("state"), synthetic_prices) as serving:
         yield serving
 
 

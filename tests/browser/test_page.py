@@ -35,7 +35,7 @@ async def serving(
     browser: Browser, trial_scanners: None, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
     state = tmp_path_factory.mktemp("state")
-    async with serve(state, synthetic_prices, chunk_rows=2000, workers=1, max_running=2) as serving:
+    async with serve(state, synthetic_prices, chunk_rows=2000, max_running=2) as serving:
         yield serving
 
 
@@ -211,7 +211,7 @@ async def test_what_was_left_out_is_said_with_the_reason(page: Page, tmp_path: P
     frame = pl.DataFrame({"symbol": ["A"] * len(days), "date": days, "volume": [1000.0] * len(days)})
     frame = frame.with_columns(pl.Series(name, close) for name in ("open", "high", "low", "close"))
     write_store(frame, tmp_path / "prices.parquet", source="made up")
-    async with serve(tmp_path / "state", tmp_path / "prices.parquet", workers=1) as serving:
+    async with serve(tmp_path / "state", tmp_path / "prices.parquet") as serving:
         await start(page, serving, "gap-up")
         await wait_for_state(page, "completed")
         await page.click("#skipped-title")

@@ -31,7 +31,7 @@ async def serving(
     browser: Browser, trial_scanners: None, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
     state = tmp_path_factory.mktemp("state")
-    async with serve(state, synthetic_prices, chunk_rows=2000, workers=1, max_running=1) as serving:
+    async with serve(state, synthetic_prices, chunk_rows=2000, max_running=1) as serving:
         yield serving
 
 

@@ -54,7 +54,7 @@ async def test_the_script_is_small_and_all_comes_from_here(tmp_path: Path, sampl
         wires.append(Wire(app))
         return wires[0]
 
-    serving_counted = serve(tmp_path, sample_prices, workers=1, wrap=wrap)
+    serving_counted = serve(tmp_path, sample_prices, wrap=wrap)
     async with launch() as browser, serving_counted as serving, profile(browser) as context:
         page = await context.new_page()
         await page.goto(f"{serving.url}/")

@@ -73,7 +73,7 @@ async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bro
 async def serving(
     browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory, synthetic_prices: Path
 ) -> AsyncIterator[Serving]:
-    async with serve(tmp_path_factory.mktemp("state"), synthetic_prices, workers=1) as serving:
+    async with serve(tmp_path_factory.mktemp("state"), synthetic_prices) as serving:
         yield serving
 
 

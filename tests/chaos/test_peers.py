@@ -73,7 +73,7 @@ async def test_half_sent_heads_are_answered_and_gone_at_their_deadline_while_oth
     tmp_path: Path, sample_prices: Path
 ) -> None:
     head = b"GET /v1/scanners HTTP/1.1\r\nHost: local"
-    async with serve(tmp_path, sample_prices, workers=1, head_wait_s=2 + PEERS / 1000) as serving:
+    async with serve(tmp_path, sample_prices, head_wait_s=2 + PEERS / 1000) as serving:
         watching = await watch_on(serving, "s_a")
         async with contextlib.AsyncExitStack() as stack:
             peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(PEERS)]
@@ -89,7 +89,7 @@ async def test_half_sent_heads_are_answered_and_gone_at_their_deadline_while_oth
 async def test_a_head_that_comes_byte_by_byte_is_cut_off_whichever_request_it_is(
     tmp_path: Path, sample_prices: Path, second: bool
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, head_wait_s=0.5) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices, head_wait_s=0.5) as serving, meet(serving.url) as peer:
         if second:
             await peer.ask("/healthz")
             assert (await peer.read_answer())[0].split()[1] == b"200"
@@ -111,7 +111,7 @@ async def test_a_head_over_its_bound_is_refused(tmp_path: Path, sample_prices: P
         "field": f"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Fill: {fill}\r\n\r\n",
         "fields": "GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + "X-Fill: xxxxxxxx\r\n" * 300 + "\r\n",
     }[place].encode()
-    async with serve(tmp_path, sample_prices, workers=1, max_head_bytes=4096) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices, max_head_bytes=4096) as serving, meet(serving.url) as peer:
         await peer.ask("/healthz", "X-Fill: " + "x" * 3000)
         assert (await peer.read_answer())[0].split()[1] == b"200"
         size = len(head) // pieces + 1
@@ -122,7 +122,7 @@ async def test_a_head_over_its_bound_is_refused(tmp_path: Path, sample_prices: P
 
 
 async def test_a_field_without_end_is_cut_off_when_it_is_over_the_bound(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
         await peer.send(b"GET / HTTP/1.1\r\nX-Fill: ")
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -133,7 +133,7 @@ async def test_a_field_without_end_is_cut_off_when_it_is_over_the_bound(tmp_path
 
 
 async def test_many_requests_in_one_piece_are_no_large_head(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, max_head_bytes=1024) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices, max_head_bytes=1024) as serving, meet(serving.url) as peer:
         await peer.send(f"GET /healthz HTTP/1.1\r\nHost: {peer.host}\r\n\r\n".encode() * 50)
         for _ in range(50):
             assert (await peer.read_answer())[0].split()[1] == b"200"
@@ -142,7 +142,7 @@ async def test_many_requests_in_one_piece_are_no_large_head(tmp_path: Path, samp
 async def test_a_body_that_nobody_reads_and_that_never_comes_is_waited_for_only_so_long(
     tmp_path: Path, sample_prices: Path
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, body_wait_s=0.1) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices, body_wait_s=0.1) as serving, meet(serving.url) as peer:
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         await peer.ask("/v1/scans/s_a/events", SSE, "Content-Length: 5", body=b"one")
         assert (await peer.read_head())[0].split()[1] == b"200"
@@ -158,7 +158,7 @@ async def test_a_window_that_stays_closed_ends_the_connection_though_the_server_
     tmp_path: Path, sample_prices: Path
 ) -> None:
     async with (
-        serve(tmp_path, sample_prices, workers=1, stall_s=0.5) as serving,
+        serve(tmp_path, sample_prices, stall_s=0.5) as serving,
         meet(serving.url, receive_buffer=SMALL) as stopped,
     ):
         watching = await watch_on(serving, "s_a")
@@ -204,7 +204,7 @@ async def test_a_download_that_is_taken_too_slowly_is_cut_off(tmp_path: Path, sa
 async def test_a_reset_in_the_middle_of_a_request_leaves_nothing(
     tmp_path: Path, sample_prices: Path, asks: bytes
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving:
+    async with serve(tmp_path, sample_prices) as serving:
         watching = await watch_on(serving, "s_a")
         for _ in range(20):
             async with meet(serving.url) as peer:
@@ -242,7 +242,7 @@ async def test_floods_of_frames_that_are_no_messages_are_bounded(
     tmp_path: Path, sample_prices: Path, flood: bytes, code: int
 ) -> None:
     async with (
-        serve(tmp_path, sample_prices, workers=1, max_pings_per_heartbeat=10, max_fragments_per_message=10) as serving,
+        serve(tmp_path, sample_prices, max_pings_per_heartbeat=10, max_fragments_per_message=10) as serving,
         shake_hands(serving) as peer,
     ):
         await peer.send(flood)
@@ -254,7 +254,7 @@ async def test_floods_of_frames_that_are_no_messages_are_bounded(
 
 async def test_pings_within_the_bound_are_answered_for_ever(tmp_path: Path, sample_prices: Path) -> None:
     async with (
-        serve(tmp_path, sample_prices, workers=1, max_pings_per_heartbeat=10, heartbeat_s=0.1) as serving,
+        serve(tmp_path, sample_prices, max_pings_per_heartbeat=10, heartbeat_s=0.1) as serving,
         shake_hands(serving) as peer,
     ):
         for _ in range(5):
@@ -265,7 +265,7 @@ async def test_pings_within_the_bound_are_answered_for_ever(tmp_path: Path, samp
 
 
 async def test_a_reset_in_the_middle_of_a_frame_leaves_nothing(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving:
+    async with serve(tmp_path, sample_prices) as serving:
         for cut in range(1, 12):
             async with shake_hands(serving) as peer:
                 await peer.send(mask(1, b'{"op":"ping"}')[:cut])

@@ -99,7 +99,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter[int]]:
 async def test_peers_that_ask_or_leave_in_the_same_instant_have_their_turn_a_few_at_a_time(
     tmp_path: Path, sample_prices: Path, counted: dict[str, Counter[int]]
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving, contextlib.AsyncExitStack() as stack:
+    async with serve(tmp_path, sample_prices) as serving, contextlib.AsyncExitStack() as stack:
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(200)]
         await serving.http.get("/healthz")  # all are accepted
@@ -127,7 +127,7 @@ async def test_what_comes_though_nothing_should_be_read_keeps_its_place(
 ) -> None:
     met: list[HttpConnection] = []
     monkeypatch.setattr(HttpConnection, "expect_close", lambda self: met.append(self))
-    async with serve(tmp_path, sample_prices, workers=1) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
         await add_scan(serving.service.log, "s_a", QUEUED, ended(State.CANCELLED))
         await peer.ask("/v1/scans/s_a/events", SSE)
         await peer.read_answer()
@@ -143,7 +143,7 @@ async def test_what_comes_though_nothing_should_be_read_keeps_its_place(
 
 
 async def test_a_request_whose_peer_is_gone_before_its_turn_leaves_nothing(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving, contextlib.AsyncExitStack() as stack:
+    async with serve(tmp_path, sample_prices) as serving, contextlib.AsyncExitStack() as stack:
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(200)]
         request = f"GET /v1/scans/s_a/events HTTP/1.1\r\nHost: {peers[0].host}\r\n{SSE}\r\n\r\n".encode()
@@ -163,7 +163,7 @@ async def test_a_request_whose_peer_is_gone_before_its_turn_leaves_nothing(tmp_p
 
 
 async def test_who_posts_and_leaves_at_once_is_heard_all_the_same(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1) as serving, contextlib.AsyncExitStack() as stack:
+    async with serve(tmp_path, sample_prices) as serving, contextlib.AsyncExitStack() as stack:
         asked = {"scanner": "external", "params": {"title": "Work", "total": 10, "unit": "steps"}}
         scan = (await serving.http.post("/v1/scans", json=asked)).json()
         peers = [await stack.enter_async_context(meet(serving.url)) for _ in range(200)]
@@ -181,7 +181,7 @@ async def test_nothing_is_written_to_a_peer_that_is_gone_and_waits_for_its_turn(
     tmp_path: Path, sample_prices: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting: list[Callable[[], None]] = []
-    async with serve(tmp_path, sample_prices, workers=1) as serving, meet(serving.url) as peer:
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
         await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
         await peer.ask("/v1/scans/s_a/events", SSE)
         await peer.read_until(b'"started"')

@@ -22,5 +22,5 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def serving(tmp_path: Path, sample_prices: Path) -> AsyncIterator[Serving]:
-    async with serve(tmp_path / "state", sample_prices, workers=1) as serving:
+    async with serve(tmp_path / "state", sample_prices) as serving:
         yield serving

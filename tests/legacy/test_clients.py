@@ -65,7 +65,7 @@ async def test_a_script_polls_for_half_an_hour_and_no_poll_is_refused(
     tmp_path: Path, sample_prices: Path, clock: Clock, oracle: Oracle, gate: Gate
 ) -> None:
     statuses = []
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **PATIENT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **PATIENT) as serving:
         blocking = await block(serving, gate)
 
         async def see(status: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ async def test_a_script_polls_for_half_an_hour_and_no_poll_is_refused(
 async def test_a_script_is_told_when_its_scan_was_cancelled(
     tmp_path: Path, sample_prices: Path, clock: Clock, gate: Gate
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1, legacy_wait_s=0, clock=clock) as serving:
+    async with serve(tmp_path, sample_prices, max_running=1, legacy_wait_s=0, clock=clock) as serving:
         await block(serving, gate)
 
         async def see(status: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ async def test_a_client_that_sends_three_ranges_at_a_time_and_believes_the_first
     tmp_path: Path, sample_prices: Path, clock: Clock, oracle: Oracle
 ) -> None:
     start, end = "2004-01-02", "2007-12-31"
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **STRICT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **STRICT) as serving:
         client = ChunkingClient(serving.http, clock)
         rows = await client.run(start_date=start, end_date=end, chunk_size_days=90, max_concurrent_chunks=3)
         scans = (await serving.http.get("/api/scan/list")).json()["scans"]
@@ -112,7 +112,7 @@ async def test_a_client_that_sends_three_ranges_at_a_time_and_believes_the_first
 async def test_two_clients_that_ask_the_same_share_one_run(
     tmp_path: Path, sample_prices: Path, clock: Clock, oracle: Oracle
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **STRICT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **STRICT) as serving:
         client = ServiceClient(serving.http, clock)
         executed = await asyncio.gather(*(client.execute(**WHOLE) for _ in range(5)))
     assert len({one["scan_id"] for one in executed}) == 1
@@ -123,7 +123,7 @@ async def test_two_clients_that_ask_the_same_share_one_run(
 async def test_the_playbooks_backoff_poller_gets_the_rows_within_its_hundred_attempts(
     tmp_path: Path, sample_prices: Path, clock: Clock, oracle: Oracle, gate: Gate
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **PATIENT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **PATIENT) as serving:
         blocking = await block(serving, gate)
 
         async def see(status: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ async def test_the_playbooks_backoff_poller_gets_the_rows_within_its_hundred_att
 
 
 async def test_the_playbooks_rate_limit_test_passes(tmp_path: Path, sample_prices: Path, clock: Clock) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **STRICT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **STRICT) as serving:
         assert await try_rate_limit(serving.http, {"operation": "load test", "n": 1}) == [200, 200, 429]
         await clock.sleep(60)
         assert await try_rate_limit(serving.http, ["anything"]) == [200, 200, 429]
@@ -148,7 +148,7 @@ async def test_the_playbooks_rate_limit_test_passes(tmp_path: Path, sample_price
 async def test_the_playbooks_benchmark_has_no_errors_and_is_far_below_its_target(
     tmp_path: Path, sample_prices: Path, clock: Clock
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock, **STRICT) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock, **STRICT) as serving:
         await ServiceClient(serving.http, clock).execute(**WHOLE)
         works: list[tuple[str, str, dict[str, Any]]] = [
             ("GET", "/api/health", {}),
@@ -164,5 +164,5 @@ async def test_the_playbooks_benchmark_has_no_errors_and_is_far_below_its_target
 def test_the_defaults_are_what_these_tests_call_strict() -> None:
     from app.core.settings import Settings
 
-    assert STRICT.keys() >= GENEROUS.keys() - {"message_per_s", "message_burst", "drain_s"}
+    assert STRICT.keys() >= GENEROUS.keys() - {"message_per_s", "message_burst", "drain_s", "workers"}
     assert {name: getattr(Settings(), name) for name in STRICT} == STRICT

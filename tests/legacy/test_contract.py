@@ -270,7 +270,7 @@ async def test_a_scan_that_another_client_submitted_is_the_newest_of_who_joined_
 async def test_a_scan_past_its_retention_is_gone_rather_than_empty(
     tmp_path: Path, sample_prices: Path, clock: Clock
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, clock=clock) as serving:
+    async with serve(tmp_path, sample_prices, clock=clock) as serving:
         scan_id = (await execute(serving, **WHOLE))["scan_id"]
         await clock.sleep(serving.service.settings.retention_s + 1)
         await serving.service.reaper.reap()
@@ -283,7 +283,7 @@ async def test_a_scan_past_its_retention_is_gone_rather_than_empty(
 
 
 async def test_rows_are_held_in_memory_only_up_to_their_bound(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, legacy_memory_bytes=30_000) as serving:
+    async with serve(tmp_path, sample_prices, legacy_memory_bytes=30_000) as serving:
         for year in (2000, 2001, 2002):
             executed = await execute(serving, start_date=f"{year}-01-03", end_date="2013-03-01")
             assert len(json.dumps(executed["results"])) > 10_000

@@ -51,7 +51,7 @@ async def test_fault_2_the_last_day_of_a_range_is_in_it(serving: Serving, oracle
 
 async def test_fault_3_a_slot_is_given_back_on_every_path(tmp_path: Path, sample_prices: Path) -> None:
     """Completed, failed, cancelled, and a client that left: after each, the one slot and all places are free."""
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1, chunk_rows=500) as serving:
+    async with serve(tmp_path, sample_prices, max_running=1, chunk_rows=500) as serving:
         service = serving.service
 
         async def expect_free() -> None:
@@ -114,7 +114,7 @@ async def test_fault_4_every_accepted_scan_comes_to_its_end_also_over_a_restart(
 async def test_fault_5_two_tabs_both_get_everything(
     tmp_path: Path, sample_prices: Path, gate: Gate, oracle: Oracle
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1, legacy_wait_s=0, chunk_rows=500) as serving:
+    async with serve(tmp_path, sample_prices, max_running=1, legacy_wait_s=0, chunk_rows=500) as serving:
         await serving.submit("trial-gated", gate=str(gate.path))
         scan_id = (await execute(serving, **WHOLE))["scan_id"]
         tabs = [asyncio.create_task(listen(serving.url, scan_id)) for _ in range(2)]
@@ -141,7 +141,7 @@ async def test_fault_6_who_comes_late_gets_the_final_message(serving: Serving, o
 
 async def watch_whole(tmp_path: Path, prices: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All messages of a scan of many chunks, and what polls saw meanwhile."""
-    async with serve(tmp_path, prices, workers=1, legacy_wait_s=0, chunk_rows=500, progress_per_s=1000) as serving:
+    async with serve(tmp_path, prices, legacy_wait_s=0, chunk_rows=500, progress_per_s=1000) as serving:
         scan_id = (await execute(serving, **WHOLE))["scan_id"]
         watching = asyncio.create_task(listen(serving.url, scan_id))
         polled = [await ask(serving, f"/api/scan/status/{scan_id}")]
@@ -179,7 +179,7 @@ async def test_fault_8_messages_come_in_one_order_and_nothing_runs_backwards(
 async def test_fault_9_what_is_not_ready_does_not_look_like_no_hits(
     tmp_path: Path, sample_prices: Path, gate: Gate
 ) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, max_running=1, legacy_wait_s=0.05) as serving:
+    async with serve(tmp_path, sample_prices, max_running=1, legacy_wait_s=0.05) as serving:
         await serving.submit("trial-gated", gate=str(gate.path))
         answer = await execute(serving, **WHOLE)
         scan_id = answer["scan_id"]
@@ -208,7 +208,7 @@ async def test_fault_10_a_hundred_percent_and_the_end_come_together(tmp_path: Pa
 
 
 async def test_fault_11_polls_are_limited_and_told_when_to_come_back(tmp_path: Path, sample_prices: Path) -> None:
-    async with serve(tmp_path, sample_prices, workers=1, read_per_s=5, read_burst=20) as serving:
+    async with serve(tmp_path, sample_prices, read_per_s=5, read_burst=20) as serving:
         scan_id = (await execute(serving, **WHOLE))["scan_id"]
         paths = ("/api/scan/status", f"/api/scan/status/{scan_id}", "/api/scan/list", f"/api/scans/{scan_id}")
         answers = [await serving.http.get(paths[turn % len(paths)]) for turn in range(40)]
@@ -229,7 +229,7 @@ async def test_fault_12_a_scan_does_not_hold_up_the_event_loop(tmp_path: Path, s
             worst = max(worst, time.monotonic() - latest)
             latest = time.monotonic()
 
-    async with serve(tmp_path, synthetic_prices, workers=1) as serving:
+    async with serve(tmp_path, synthetic_prices) as serving:
         await execute(serving, start_date="2000-01-03")
         latest = time.monotonic()
         ticking = asyncio.create_task(tick())
@@ -245,7 +245,7 @@ async def test_fault_13_symbols_that_could_not_be_read_are_told(tmp_path: Path, 
     is_dirty = (pl.col("symbol") == "IBM") & (pl.col("date").dt.year() == 2005)
     dirty = prices.with_columns(pl.when(~is_dirty).then("high").alias("high"))
     write_store(dirty, tmp_path / "dirty.parquet", source="test")
-    async with serve(tmp_path, tmp_path / "dirty.parquet", workers=1) as serving:
+    async with serve(tmp_path, tmp_path / "dirty.parquet") as serving:
         answer = await serving.http.post("/api/scan/execute", json=WHOLE)
         scan_id = answer.json()["scan_id"]
         status = await ask(serving, f"/api/scan/status/{scan_id}")
@@ -295,7 +295,7 @@ async def test_fault_15_every_row_is_in_the_price_table(
 
 
 async def test_fault_15_rows_from_invented_prices_are_marked(tmp_path: Path, synthetic_prices: Path) -> None:
-    async with serve(tmp_path, synthetic_prices, workers=1) as serving:
+    async with serve(tmp_path, synthetic_prices) as serving:
         answer = await execute(serving)
         assert answer["message"].startswith("SYNTHETIC, not real prices: ")
         assert (await ask(serving, "/api/health"))["mode"] == "synthetic"
