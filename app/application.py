@@ -48,6 +48,7 @@ from app.observe.tally import State, Tally, read_memory
 from app.observe.watchdog import Watchdog
 from app.push.guard import EXTENSION, Bounds
 from app.push.hub import Hub
+from app.push.ring import open_ring
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             if app.state.take_over is not None:
                 await app.state.take_over(journal.lock)
                 await log.open()
-            hub = Hub(log, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
+            ring = open_ring() if settings.io_uring else None
+            hub = Hub(log, ring=ring, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
             hub.note_lag = metrics.note_push_lag
             limits = Limits(settings, clock)
             sessions = Sessions(idle_s=settings.session_idle_s, max_sessions=settings.max_sessions, clock=clock)
@@ -243,6 +245,8 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 for timer in timers:
                     timer.cancel()
                 await asyncio.gather(*timers, return_exceptions=True)
+                if ring is not None:
+                    ring.close()
     finally:
         await log.close()
         logger.info("stopped", extra={"action": "stopped"})

@@ -17,6 +17,7 @@ from websockets.typing import Subprotocol
 
 from app.core.event import EventType
 from app.core.scan import State
+from app.push import channel
 from tests.conftest import require, until
 from tests.peers import durable, meet, parse_events
 from tests.serving import IS_WIRED, Serving, Tls, serve
@@ -310,7 +311,10 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     return tls
 
 
-async def test_under_tls_the_same_comes(tmp_path: Path, sample_prices: Path, scan: str, tls: Tls) -> None:
+async def test_under_tls_the_same_comes(
+    tmp_path: Path, sample_prices: Path, scan: str, tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "RING_MIN", 1)
     async with serve(tmp_path, sample_prices, tls=tls) as serving:
         log = serving.service.log
         await add_scan(log, scan, QUEUED, STARTED)

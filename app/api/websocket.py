@@ -97,7 +97,7 @@ async def _serve_pushed(
                 await send({"type": "websocket.close", "code": refusal.close_code, "reason": close_reason(refusal)})
                 return
             subscriber.wake()
-            await wire.until_ready()
+            await wire.writable.wait()  # until the transport takes more
 
 
 async def _serve_pulled(websocket: WebSocket, service: Service, client: str, watched: Watched) -> None:

@@ -113,7 +113,10 @@ class Settings(BaseSettings):
     progress_per_s: float = Field(20, gt=0, description="progress events of one scan shown in a second")
     batch_ms: float = Field(0, ge=0, description="new events wait this long for others to share a write with")
     batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
-    high_water_bytes: int = Field(65_536, ge=1024, description="a stream is behind when its transport holds more")
+    high_water_bytes: int = Field(
+        65_536, ge=1024, description="an answer waits when its transport holds more; a stream does with anything"
+    )
+    io_uring: bool = Field(True, description="what goes to many takes one system call, where the kernel allows it")
     stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")
     # Proxies, nginx among them, give an answer 60 s to begin.
     long_poll_max_s: float = Field(50, gt=0, description="a long poll is held open for this long at the most")

@@ -1,14 +1,46 @@
 """Who watches one scan: those who are level, in blocks, and those who read for themselves."""
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
+from operator import call
 
 from app.core.event import Event
 from app.push.frames import Framing
 from app.push.reader import Watch
+from app.push.ring import Ring, find_fd
 from app.push.subscriber import Pusher, Subscriber
 
-BLOCK = 32  # pushers in a block at most
+BLOCK = 512  # pushers in a block at most
+RING_MIN = 16  # writes; what a ring costs by itself is saved by so many
+
+
+class _Outlets:
+    """Transports that are written to together."""
+
+    __slots__ = ("_are_closing", "_fds", "_ring", "_transports")
+
+    def __init__(self, transports: Iterable[asyncio.WriteTransport], ring: Ring | None) -> None:
+        self._transports = tuple(transports)
+        self._are_closing = [transport.is_closing for transport in self._transports]
+        self._ring: Ring | None = None
+        if ring is not None and len(self._transports) >= RING_MIN:
+            fds = [find_fd(transport) for transport in self._transports]
+            if min(fds) >= 0:
+                self._ring, self._fds = ring, array("I", fds)
+
+    def write(self, data: bytes) -> None:
+        """To all that are not closing: behind a farewell nothing may come. With a ring in one system call."""
+        if self._ring is None or any(map(call, self._are_closing)):
+            for transport in self._transports:
+                if not transport.is_closing():
+                    transport.write(data)
+            return
+        taken = self._ring.send(self._fds, data)
+        if taken.count(len(data)) < len(taken):
+            for transport, size in zip(self._transports, taken, strict=True):
+                if size < len(data):
+                    transport.write(data[max(size, 0) :])
 
 
 class Block:
@@ -17,7 +49,7 @@ class Block:
     Where they stand is known here, and not by each of them, so that to write to one costs little more than the write.
     """
 
-    __slots__ = ("_parted", "after", "framing", "members", "progress", "pushed")
+    __slots__ = ("_outlets", "_parted", "after", "framing", "members", "progress", "pushed")
 
     def __init__(
         self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", Pusher], None]
@@ -26,25 +58,28 @@ class Block:
         self.after = after
         self.progress = progress
         self.pushed = 0  # events given to each member
-        self.members: dict[Pusher, asyncio.WriteTransport] = {}
+        self.members: set[Pusher] = set()
+        self._outlets: _Outlets | None = None  # of the members, once they are written to
         self._parted = parted
 
     def join(self, pusher: Pusher) -> None:
-        self.members[pusher] = pusher.wire.transport
+        self.members.add(pusher)
+        self._outlets = None
         pusher.block = self
         pusher.pushed -= self.pushed
 
-    def tell(self, data: bytes, count: int, after: int, progress: Event | None) -> None:
+    def tell(self, data: bytes, count: int, after: int, progress: Event | None, ring: Ring | None) -> None:
         """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them."""
         self.after, self.progress = after, progress
         self.pushed += count
-        for transport in tuple(self.members.values()):
-            if not transport.is_closing():  # behind a farewell nothing may come, and a closed one raises an error
-                transport.write(data)
+        if self._outlets is None:
+            self._outlets = _Outlets((pusher.wire.transport for pusher in self.members), ring)
+        self._outlets.write(data)
 
     def part(self, pusher: Pusher) -> None:
         """From now on it stands for itself, right here."""
-        del self.members[pusher]
+        self.members.remove(pusher)
+        self._outlets = None
         pusher.block = None
         pusher.pushed += self.pushed
         (watch,) = pusher.watches.values()

@@ -14,6 +14,7 @@ from app.push.frames import Framing
 from app.push.pace import Pace
 from app.push.parting import Parting
 from app.push.puller import Puller
+from app.push.ring import Ring
 from app.push.subscriber import Pusher, Subscriber, Wire
 
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
@@ -37,8 +38,11 @@ class Hub:
     at its `Pace`, and several events share a write.
     """
 
-    def __init__(self, log: EventLog, *, batch_ms: float = 0, batch_max_ms: float = 20) -> None:
+    def __init__(
+        self, log: EventLog, *, ring: Ring | None = None, batch_ms: float = 0, batch_max_ms: float = 20
+    ) -> None:
         self._log = log
+        self._ring = ring
         self._batch_s = batch_ms / 1000
         self._pace = Pace(batch_max_ms / 1000)
         self._channels: dict[str, Channel] = {}
@@ -116,7 +120,7 @@ class Hub:
                 if is_whole:
                     if block.framing not in frames:
                         frames[block.framing] = block.framing.encode(batch)
-                    block.tell(frames[block.framing], len(batch), channel.after, channel.progress)
+                    block.tell(frames[block.framing], len(batch), channel.after, channel.progress, self._ring)
                 if is_last or not is_whole:
                     woken += block.members
                 yield len(block.members)
@@ -171,8 +175,7 @@ class Hub:
         """This one has read all there is; with one scan alone it may stand in a block."""
         if len(pusher.watches) == 1:
             ((scan_id, watch),) = pusher.watches.items()
-            channel = self._channels[scan_id]
-            if channel.is_level(watch):
+            if (channel := self._channels[scan_id]).is_level(watch):
                 channel.join(pusher)
 
     def unsubscribe(self, subscriber: Subscriber, scan_id: str) -> None:
@@ -184,11 +187,10 @@ class Hub:
 
     async def beat(self, every_s: float) -> None:
         """Heartbeats for ever: each subscriber that is written to has one in `every_s`, from a single timer."""
-        while True:
-            for spoke in self._wheel:
-                await asyncio.sleep(every_s / SPOKES)
-                for subscriber in list(spoke):
-                    subscriber.beat()
+        for spoke in cycle(self._wheel):
+            await asyncio.sleep(every_s / SPOKES)
+            for subscriber in list(spoke):
+                subscriber.beat()
 
     def count_behind(self) -> Counter[str]:
         """Subscribers whose transports hold more than they should, by client."""
