@@ -272,16 +272,19 @@ class HttpGuard(Guard, HttpHandshake):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        # What came is more than the head when a body or another request came with it.
-        if self._count > self._bounds.settings.max_head_bytes:
-            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if size > self._bounds.settings.max_head_bytes:
-                raise HeadTooLarge("The parser stops here, and `send_400_response` answers.")
+        # What was counted may be less than the head, behind another request, and more, with the body of this one.
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self._bounds.settings.max_head_bytes:
+            self._count = size
+            raise HeadTooLarge("The parser stops here, and `send_400_response` answers.")
         self._is_in_head = False
         self._expect(None)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        self._count = (
+            0  # what follows in the same piece is of the next head, and how much it is the parser does not say
+        )
         self._expect(None)
         super().on_message_complete()
 

@@ -139,6 +139,21 @@ async def test_many_requests_in_one_piece_are_no_large_head(tmp_path: Path, samp
             assert (await peer.read_answer())[0].split()[1] == b"200"
 
 
+async def test_a_body_in_front_of_a_head_is_no_part_of_it(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices, max_head_bytes=1024) as serving, meet(serving.url) as peer:
+        next_head = f"GET /healthz HTTP/1.1\r\nHost: {peer.host}\r\n\r\n".encode()
+        await peer.ask("/healthz", "Content-Length: 3000", body=b"x" * 3000 + next_head[:20])
+        assert (await peer.read_answer())[0].split()[1] == b"200"
+        await peer.send(next_head[20:])
+        assert (await peer.read_answer())[0].split()[1] == b"200"
+
+
+async def test_a_head_over_its_bound_is_refused_behind_another_too(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices, max_head_bytes=1024) as serving, meet(serving.url) as peer:
+        await peer.ask("/healthz", f"\r\nGET /healthz HTTP/1.1\r\nHost: {peer.host}\r\nX-Fill: {'x' * 1100}")
+        assert await read_problem(peer) == (b"431", "head-too-large")
+
+
 async def test_a_body_that_nobody_reads_and_that_never_comes_is_waited_for_only_so_long(
     tmp_path: Path, sample_prices: Path
 ) -> None:
