@@ -282,9 +282,7 @@ class HttpGuard(Guard, HttpHandshake):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._count = (
-            0  # what follows in the same piece is of the next head, and how much it is the parser does not say
-        )
+        self._count = 0  # of what follows in the same piece the parser does not say how much it is
         self._expect(None)
         super().on_message_complete()
 
