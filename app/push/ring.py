@@ -40,11 +40,8 @@ class Ring:
             stack.callback(self.close)
             if not params[5] & _SINGLE_MMAP:
                 raise OSError("io_uring_setup: the kernel is too old")
-            self._results_held, submissions, completions = (
-                params[1],
-                params[10:20],
-                params[20:30],
-            )  # the latter: offsets
+            submissions, completions = params[10:20], params[20:30]  # offsets
+            self._results_held = params[1]
             queues = mmap.mmap(self._fd, max(submissions[6] + 4 * ENTRIES, completions[5] + 16 * self._results_held))
             entries = memoryview(mmap.mmap(self._fd, 4 * _ENTRY * ENTRIES, offset=_SQES_OFFSET))
             stack.pop_all()
@@ -53,9 +50,12 @@ class Ring:
         self._read = numbers[completions[0] // 4 :][:1]
         self._results = memoryview(queues)[completions[5] :][: 16 * self._results_held].cast("i")
         numbers[submissions[6] // 4 :][:ENTRIES] = memoryview(array("I", range(ENTRIES)))
-        # Of each entry: operation, socket, address (64 bits), length, and flags of the message.
-        operations, self._sockets, self._lengths, flags = (entries.cast("I")[at:] for at in (0, 1, 6, 7))
+        # Of each entry: operation, socket, address (64 bits), length, flags of the message, and what its result is
+        # known by.
+        operations, self._sockets, self._lengths, flags, names = (entries.cast("I")[at:] for at in (0, 1, 6, 7, 8))
         self._addresses = entries.cast("Q")[2:]
+        names[::_ENTRY] = memoryview(array("I", range(ENTRIES)))
+        self._names = memoryview(array("i", range(ENTRIES)))
         operations[::_ENTRY] = memoryview(array("I", [_SEND]) * ENTRIES)
         flags[::_ENTRY] = memoryview(array("I", [_DONTWAIT | _NOSIGNAL]) * ENTRIES)
 
@@ -83,8 +83,11 @@ class Ring:
         done = max(self._call(_ENTER, self._fd, count, count, _GET_EVENTS, None, 0), 0)
         # Where memory is short the kernel looks at some only; what it left must not be done later.
         self._tail[0] = self._read[0] = (start + done) % 2**32
-        first = start % self._results_held * 4 + 2
-        return self._results[first : first + 4 * done : 4].tolist() + [0] * (count - done)
+        at, first = start % self._results_held * 4, start % ENTRIES
+        names, taken = (self._results[at + of : at + of + 4 * done : 4] for of in (0, 2))
+        if names != self._names[first : first + done]:  # kernels before 6.2 tell of those first that took nothing
+            taken = memoryview(array("i", [size for _, size in sorted(zip(names, taken, strict=True))]))
+        return taken.tolist() + [0] * (count - done)
 
     def close(self) -> None:
         os.close(self._fd)
