@@ -15,7 +15,7 @@ from app.core.scan import Producer, Progress, Scan
 from app.log.journal import ADVICE, Checkpoint, Journal, Kept, Write
 
 Part = tuple[EventType, Mapping[str, Any]]
-READ_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024
 
 
 class _ScanLog:

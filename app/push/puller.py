@@ -28,7 +28,7 @@ class Puller(Subscriber):
         self.wake()
 
     async def read(self) -> list[Event]:
-        """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing."""
+        """What is new, oldest first, about `page_bytes` at the most; empty when there is nothing."""
         while (batch := self.read_nowait()) is None:
             await self.fetch()
         return batch

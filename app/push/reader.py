@@ -32,6 +32,7 @@ class Reader:
 
     def __init__(self, log: EventLog) -> None:
         self.watches: dict[str, Watch] = {}
+        self.page_bytes = READ_BYTES  # of events that are given at once, about
         self._log = log
 
     def watch(self, scan_id: str, cursor: Cursor | None) -> Watch:
@@ -69,7 +70,7 @@ class Reader:
         return True
 
     def read_nowait(self) -> list[Event] | None:
-        """What is new, oldest first, about READ_BYTES at the most; empty when there is nothing, and None when the
+        """What is new, oldest first, about `page_bytes` at the most; empty when there is nothing, and None when the
         journal has to be asked first: see `fetch`."""
         self._note_losses()
         # A later event must not overtake one whose page is not whole.
@@ -86,7 +87,7 @@ class Reader:
         size = 0
         for event in merge(*pages, key=lambda event: event.n or 0):
             size += len(event.json)
-            if (event.n or 0) > horizon or (size > READ_BYTES and batch):
+            if (event.n or 0) > horizon or (size > self.page_bytes and batch):
                 return batch
             self.watches[event.scan].after = event.n or 0
             batch.append(event)
@@ -94,7 +95,7 @@ class Reader:
 
     def _read_page(self, scan_id: str, watch: Watch) -> list[Event] | None:
         try:
-            page = self._log.read_nowait(scan_id, watch.after, self._page_bytes)
+            page = self._log.read_nowait(scan_id, watch.after, self._share)
         except UnknownScan:  # reaped while it was watched; _take_resets says so
             return []
         if page is not None or watch.page is None:
@@ -106,9 +107,9 @@ class Reader:
         return [event for event in fetched if (event.n or 0) > watch.after]
 
     @property
-    def _page_bytes(self) -> int:
+    def _share(self) -> int:
         # One round reads a page of each scan, and gives no more than one page in all.
-        return READ_BYTES // max(1, len(self.watches))
+        return self.page_bytes // max(1, len(self.watches))
 
     async def fetch(self) -> None:
         """Reads what `read_nowait` lacks from the journal."""
@@ -117,7 +118,7 @@ class Reader:
                 continue  # its turn has not come yet
             with contextlib.suppress(UnknownScan):
                 if self._log.read_nowait(scan_id, watch.after) is None:
-                    watch.page = await self._log.read(scan_id, watch.after, self._page_bytes)
+                    watch.page = await self._log.read(scan_id, watch.after, self._share)
 
     def _note_losses(self) -> None:
         """What went past its retention while it was watched must not look as if it had never been."""

@@ -89,6 +89,7 @@ class Pusher(Subscriber):
         client: str = "",
     ) -> None:
         super().__init__(log, framing.name, left)
+        self.page_bytes = min(self.page_bytes, 65_536)  # may wait in the transport, beside one frame
         self.client = client
         self.wire = wire
         self.framing = framing
