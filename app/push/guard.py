@@ -94,7 +94,9 @@ class Guard(asyncio.Protocol):
         # Of the request that is coming in; HTTP alone.
         self._deadline: asyncio.TimerHandle | None = None
         self._is_in_head = False
-        self._count = 0  # bytes that came since its head began; of a WebSocket, pings since the last heartbeat
+        # Bytes that came since the last part of a body or the end of a request, hence of a head, or of trailers; of a
+        # WebSocket, pings since the last heartbeat.
+        self._count = 0
         self._is_silent = False  # nothing has come since the last heartbeat; WebSocket alone
         self._held: bytes | None = None  # what came and has to wait; then little more is read
 
@@ -148,9 +150,17 @@ class Guard(asyncio.Protocol):
     def expect_delivery(self) -> None:
         """From now on a peer that is gone, or whose window stays closed, is found out by the kernel, however little
         is on its way to it. Not for downloads: at a window that hardly opens, the kernel sees no progress in one."""
+        self._set_user_timeout(max(1, int(self._bounds.settings.stall_s * 1000)))
+
+    def end_delivery(self) -> None:
+        """The stream is over, and nothing more is written; or answers are, which may be taken as slowly as any."""
+        if not self.transport.is_closing():
+            self._set_user_timeout(0)
+        self.expect_close()
+
+    def _set_user_timeout(self, within_ms: int) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not TCP, or a system that has no such option
             tcp = self.transport.get_extra_info("socket")
-            within_ms = max(1, int(self._bounds.settings.stall_s * 1000))
             tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, within_ms)
 
     def is_streaming(self) -> bool:
@@ -256,7 +266,7 @@ class HttpGuard(Guard, HttpHandshake):
         return self.flow.read_paused
 
     def take_data(self, data: bytes) -> None:
-        self._count = self._count + len(data) if self._is_in_head else len(data)
+        self._count += len(data)
         super().take_data(data)
         settings = self._bounds.settings
         if self._is_in_head:
@@ -264,6 +274,8 @@ class HttpGuard(Guard, HttpHandshake):
                 self._refuse_head()
             elif self._deadline is None:
                 self._expect(settings.head_wait_s)
+        elif self._count > settings.max_head_bytes:  # trailers, or an extension of a chunk, without end
+            self.transport.abort()
         elif self._deadline is None and self.cycle is not None and self.cycle.more_body:
             self._expect(settings.body_wait_s + _GRACE_S)
 
@@ -273,13 +285,21 @@ class HttpGuard(Guard, HttpHandshake):
 
     def on_headers_complete(self) -> None:
         # What was counted may be less than the head, behind another request, and more, with the body of this one.
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._bounds.settings.max_head_bytes:
             self._count = size
             raise HeadTooLarge("The parser stops here, and `send_400_response` answers.")
-        self._is_in_head = False
+        self._count, self._is_in_head = 0, False
         self._expect(None)
         super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # trailers are not for the application
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._count = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._count = 0  # of what follows in the same piece the parser does not say how much it is

@@ -30,6 +30,9 @@ class HttpHandshake(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         if self.transport.is_closing():  # nobody would tell the other protocol that it is lost
             return
+        if self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
+            self.transport.abort()  # it would be answered before what was asked before, or in the middle of it
+            return
         fields = dict(self.headers)
         if not self._is_plain(fields):
             super().handle_websocket_upgrade()

@@ -42,11 +42,10 @@ class Connection(Guard):
         self.rest: Callable[[Receive, Send], Awaitable[None]] | None = None
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        extensions = scope.setdefault("extensions", {})
-        extensions[EXTENSION] = self
+        scope.setdefault("extensions", {})[EXTENSION] = self
         self._send = send
         await self._app(scope, receive, send)
-        del extensions[EXTENSION]
+        del scope["extensions"][EXTENSION]
         if self.rest is not None:
             self._let_go(scope)
             rest, self.rest = self.rest, None
@@ -69,7 +68,7 @@ class Connection(Guard):
         turned, self._turned, self.is_ready = self._turned, None, False
         if turned is not None:
             turned()
-        self.expect_close()
+        self.end_delivery()
 
     def write(self, data: bytes) -> None:
         """Hands over ready frames, whole and in order; never waits. Nothing happens when the peer is gone."""

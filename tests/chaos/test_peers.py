@@ -19,6 +19,7 @@ from starlette.routing import Route
 from app.core.scan import State
 from app.core.settings import Settings
 from app.push.guard import EXTENSION, Bounds
+from app.push.subscriber import Pusher
 from app.push.wire import HttpConnection, WebSocketConnection
 from tests.conftest import until
 from tests.peers import Peer, durable, meet, parse_events
@@ -154,6 +155,48 @@ async def test_a_head_over_its_bound_is_refused_behind_another_too(tmp_path: Pat
         assert await read_problem(peer) == (b"431", "head-too-large")
 
 
+@pytest.mark.parametrize("kind", ["trailers", "one trailer", "extension of a chunk"])
+async def test_what_comes_beside_a_body_has_a_bound(tmp_path: Path, sample_prices: Path, kind: str) -> None:
+    part = {"trailers": b"X-More: xxxxxxxx\r\n" * 50, "one trailer": b"x" * 1000, "extension of a chunk": b"x" * 1000}
+    begin = {"trailers": b"0\r\n", "one trailer": b"0\r\nX-More: ", "extension of a chunk": b"1;more="}
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
+        await peer.ask("/healthz", "Transfer-Encoding: chunked", body=begin[kind])
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 50_000_000:
+                await peer.send(part[kind])
+                sent += 1000
+        assert sent < 5_000_000  # what the kernels held
+
+
+async def test_trailers_within_bounds_are_passed_over(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
+        for _ in range(2):
+            fields = ("Content-Type: application/json", "Transfer-Encoding: chunked")
+            body = b'14\r\n{"scanner":"gap-up"}\r\n0\r\nX-More: x\r\n\r\n'
+            await peer.ask("/v1/scans", *fields, method="POST", body=body)
+            assert (await peer.read_answer())[0].split()[1] in (b"200", b"202")
+
+
+@pytest.mark.parametrize("before", ["an answer that is not read", "an open stream"])
+async def test_an_upgrade_behind_what_is_not_answered_yet_ends_the_connection(
+    tmp_path: Path, sample_prices: Path, before: str
+) -> None:
+    async with (
+        serve(tmp_path, sample_prices, send_buffer=SMALL) as serving,
+        meet(serving.url, receive_buffer=SMALL) as peer,
+    ):
+        await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
+        if before == "an open stream":
+            await peer.ask("/v1/scans/s_a/events", SSE)
+            await until(lambda: serving.service.hub.statistics().channels == 1)
+        else:
+            await peer.ask("/openapi.json")  # more than the kernels hold
+        await peer.ask("/v1/ws", *HANDSHAKE)
+        assert b"101 Switching" not in await peer.read_rest()
+        await until(lambda: not any(count_held(serving)))
+
+
 async def test_a_body_that_nobody_reads_and_that_never_comes_is_waited_for_only_so_long(
     tmp_path: Path, sample_prices: Path
 ) -> None:
@@ -185,6 +228,19 @@ async def test_a_window_that_stays_closed_ends_the_connection_though_the_server_
         assert all(wire.is_ready for wire in wires)
         await until(lambda: sum(serving.service.hub.statistics().subscribers.values()) == 1)
         await check_whole(serving, "s_a", watching)
+
+
+async def test_behind_a_stream_the_kernel_is_as_patient_as_before_it(tmp_path: Path, sample_prices: Path) -> None:
+    async with serve(tmp_path, sample_prices, stall_s=7) as serving, meet(serving.url) as peer:
+        await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
+        await peer.ask("/v1/scans/s_a/events", SSE)
+        await until(lambda: serving.service.hub.statistics().channels == 1)
+        (wire,) = (one.wire for one in serving.service.hub._subscribers if isinstance(one, Pusher))
+        tcp = wire.transport.get_extra_info("socket")
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+        await serving.service.log.append("s_a", ended(State.COMPLETED))
+        await peer.read_answer()
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
 
 
 async def test_a_download_that_is_taken_too_slowly_is_cut_off(tmp_path: Path, sample_prices: Path) -> None:
