@@ -55,7 +55,6 @@ class Ring:
         operations, self._sockets, self._lengths, flags, names = (entries.cast("I")[at:] for at in (0, 1, 6, 7, 8))
         self._addresses = entries.cast("Q")[2:]
         names[::_ENTRY] = memoryview(array("I", range(ENTRIES)))
-        self._names = memoryview(array("i", range(ENTRIES)))
         operations[::_ENTRY] = memoryview(array("I", [_SEND]) * ENTRIES)
         flags[::_ENTRY] = memoryview(array("I", [_DONTWAIT | _NOSIGNAL]) * ENTRIES)
 
@@ -73,21 +72,23 @@ class Ring:
             self._sockets[begin:end:_ENTRY] = sockets[len(taken) :][:count]
             self._lengths[begin:end:_ENTRY] = memoryview(length * count)
             self._addresses[begin // 2 : end // 2 + 1 : _ENTRY // 2] = memoryview(address * count)
-            taken += self._submit(count)
+            taken += self._submit(count, len(data))
         return taken
 
-    def _submit(self, count: int) -> list[int]:
-        """The results of the next so many entries, in their order."""
+    def _submit(self, count: int, size: int) -> list[int]:
+        """The results of the next so many entries, in their order; most are `size`."""
         start = self._tail[0]
         self._tail[0] = (start + count) % 2**32
         done = max(self._call(_ENTER, self._fd, count, count, _GET_EVENTS, None, 0), 0)
         # Where memory is short the kernel looks at some only; what it left must not be done later.
         self._tail[0] = self._read[0] = (start + done) % 2**32
-        at, first = start % self._results_held * 4, start % ENTRIES
-        names, taken = (self._results[at + of : at + of + 4 * done : 4] for of in (0, 2))
-        if names != self._names[first : first + done]:  # kernels before 6.2 tell of those first that took nothing
-            taken = memoryview(array("i", [size for _, size in sorted(zip(names, taken, strict=True))]))
-        return taken.tolist() + [0] * (count - done)
+        at = start % self._results_held * 4
+        results = self._results[at + 2 : at + 4 * done : 4]
+        if results.tobytes() == (array("i", [size]) * count).tobytes():
+            return [size] * count
+        # By name: kernels before 6.2 tell of those first that took nothing.
+        names = self._results[at : at + 4 * done : 4]
+        return [result for _, result in sorted(zip(names, results, strict=True))] + [0] * (count - done)
 
     def close(self) -> None:
         os.close(self._fd)
