@@ -325,7 +325,16 @@ class EventLog:
 
     def read_nowait(self, scan_id: str, after: int, max_bytes: int = READ_BYTES) -> list[Event] | None:
         """As `read`, for a scan that is in memory; None when the journal has to be asked."""
-        log = self._find(scan_id)
+        return self._read_nowait(self._find(scan_id), after, max_bytes)
+
+    def look(self, scan_id: str, after: int) -> tuple[Scan | None, list[Event] | None, Event | None]:
+        """What `find`, `read_nowait` and `get_progress_event` say, in one go; nothing of a scan that is not there."""
+        log = self._logs.get(scan_id)
+        if log is None or log.shown is None:
+            return None, None, None
+        return log.shown, self._read_nowait(log, after, READ_BYTES), log.progress_event
+
+    def _read_nowait(self, log: _ScanLog, after: int, max_bytes: int) -> list[Event] | None:
         shown = log.shown
         if shown is None or shown.n <= after:
             return []

@@ -101,14 +101,13 @@ class Hub:
         """Tells everybody what is new in these channels. Yields now and then, with the number of writes since."""
         log = self._log
         for scan_id, channel in dirty.items():
-            scan, after, told = log.find(scan_id), channel.after, channel.progress
-            events = None if scan is None else log.read_nowait(scan_id, after)
+            after, told = channel.after, channel.progress
+            scan, events, progress = log.look(scan_id, after)
             batch = events or []
             if scan is not None:
                 channel.after = scan.n
-                progress = log.get_progress_event(scan_id)
-                if progress is not None and progress is not told:
-                    channel.progress, batch = progress, [*batch, progress]
+            if progress is not None and progress is not told:
+                channel.progress, batch = progress, [*batch, progress]
             # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
             is_last = scan is None or scan.state.is_terminal
