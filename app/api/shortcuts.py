@@ -17,12 +17,13 @@ from app.api.service import Service
 from app.core.errors import ScanwireError
 from app.core.scan import Scan
 from app.observe.tally import Timing
-from app.push.plain import PlainAnswers
+from app.push.plain import PlainAnswers, encode_fields
 from app.push.wire import find_wire
 
 _SCANS = "/v1/scans/"
-_POSTED = [(b"cache-control", b"no-store"), (b"content-type", JSON.encode())]
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, header fields, body
+_DATA = encode_fields(DATA_HEADERS)
+_POSTED = encode_fields([(b"cache-control", b"no-store"), (b"content-type", JSON.encode())]) + _DATA
+Answer = tuple[int, bytes, bytes]  # status, header fields as they are sent, body
 
 
 class Shortcuts:
@@ -118,7 +119,8 @@ class _Line:
         try:
             service.limits.charge("read", client)
             scan, if_none_match = service.log.get(scan_id), fields.get(b"if-none-match", b"")
-            answer = encode_answer(service, self._snapshots, client, scan, if_none_match)
+            status, headers, text = encode_answer(service, self._snapshots, client, scan, if_none_match)
+            answer = status, encode_fields(headers) + _DATA, text
         except ScanwireError as refusal:
             answer = _encode_refusal(refusal)
         self.respond(began, answer)
@@ -145,17 +147,17 @@ class _Line:
             except ScanwireError as refusal:
                 self.respond(began, _encode_refusal(refusal))
             else:
-                self.respond(began, (202, [*_POSTED, (b"content-length", b"%d" % len(text))], text))
+                self.respond(began, (202, _POSTED + b"content-length: %d\r\n" % len(text), text))
 
         appending.add_done_callback(answer)
         return appending
 
     def respond(self, began: float, answer: Answer) -> None:
         status, fields, body = answer
-        self.wire.respond(status, (*fields, *DATA_HEADERS), body)
+        self.wire.respond(status, fields, body)
         self.service.note_answer(time.perf_counter() - began)
 
 
 def _encode_refusal(refusal: ScanwireError) -> Answer:
     response = problem_response(refusal)
-    return response.status_code, response.raw_headers, bytes(response.body)
+    return response.status_code, encode_fields(response.raw_headers) + _DATA, bytes(response.body)

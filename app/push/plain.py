@@ -7,6 +7,7 @@ of a few fields. What was parsed, checked and looked up for one of them holds fo
 import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from starlette.types import Send
@@ -17,6 +18,14 @@ from app.push.guard import HttpGuard
 VARYING = frozenset((b"content-length", b"producer-seq", b"if-none-match"))
 _VALUE = re.compile(rb"[\x20-\x7e]{0,256}")
 _LENGTH = re.compile(rb"[0-9]{1,12}")
+
+
+def encode_fields(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Header fields as they are sent."""
+    return b"".join([b"%b: %b\r\n" % field for field in fields])
+
+
+_encode_usual = lru_cache(maxsize=4)(encode_fields)  # those of all answers, which change once a second
 
 
 class Head:
@@ -121,16 +130,14 @@ class PlainAnswers(HttpGuard):
             self._held = None  # it came behind the last one that is answered here
         self.release()
 
-    def respond(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """The whole answer to the request that is being served, in one write. The fields must be fit to be sent."""
+    def respond(self, status: int, fields: bytes, body: bytes) -> None:
+        """The whole answer to the request that is being served, in one write. `fields` are as by `encode_fields`."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
-        parts = [STATUS_LINE[status]]
-        for name, value in (*self.server_state.default_headers, *fields):
-            parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        usual = _encode_usual(tuple(self.server_state.default_headers))
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         cycle.response_started = cycle.response_complete = True
         if not self.transport.is_closing():
-            self.transport.write(b"".join(parts))
+            self.transport.write(b"".join((STATUS_LINE[status], usual, fields, end, body)))
             if not cycle.keep_alive:
                 self.transport.close()
         self.on_response_complete()
