@@ -233,7 +233,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             timers = [asyncio.create_task(work) for work in endless]
             try:
                 with watchdog.watch(), Drain(settings, journal.lock, admission, runner, hub).at_signals():
-                    logger.info("ready", extra={"action": "ready"})
+                    logger.info("ready", extra={"action": "ready", "io_uring": "no" if ring is None else "yes"})
                     yield {
                         EXTENSION: Bounds(
                             settings, make_counting(tuple(map(ip_network, settings.trusted_proxies))), Counter()
