@@ -77,6 +77,9 @@ class FakeWire:
     def open(self, turned: Callable[[], None]) -> None:
         self._turned, self.is_ready = turned, not self.is_blocked
 
+    def get_extra_info(self, name: str) -> None:
+        return None  # it has no socket
+
     def is_closing(self) -> bool:
         return self.is_finished or self.is_closed
 

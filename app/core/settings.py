@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     batch_ms: float = Field(0, ge=0, description="new events wait this long for others to share a write with")
     batch_max_ms: float = Field(20, ge=0, description="the longest that load makes them wait")
     high_water_bytes: int = Field(
-        65_536, ge=1024, description="an answer waits when its transport holds more; a stream does with anything"
+        65_536, ge=1024, description="a transport that holds more is behind; of a stream that was level, with anything"
     )
     io_uring: bool = Field(True, description="what goes to many takes one system call, where the kernel allows it")
     stall_s: float = Field(30, gt=0, description="a stream that is behind for this long is cut off")

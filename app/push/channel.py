@@ -67,6 +67,9 @@ class Block:
         self._outlets = None
         pusher.block = self
         pusher.pushed -= self.pushed
+        transport = pusher.wire.transport
+        if find_fd(transport) >= 0:
+            transport.set_write_buffer_limits(high=0)  # one that holds anything parts, so that nothing is overtaken
 
     def tell(self, data: bytes, count: int, after: int, progress: Event | None, ring: Ring | None) -> None:
         """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them."""

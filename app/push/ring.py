@@ -111,6 +111,6 @@ def open_ring() -> Ring | None:
 
 
 def find_fd(transport: asyncio.BaseTransport) -> int:
-    """Of the socket where a ring may write while the transport holds nothing; -1 where it may not, under TLS."""
-    is_encrypted = transport.get_extra_info("sslcontext") is not None
-    return -1 if is_encrypted else int(transport.get_extra_info("socket").fileno())
+    """Of the socket where a ring may write while the transport holds nothing; -1 when it is gone, or encrypts."""
+    peer, is_encrypted = transport.get_extra_info("socket"), transport.get_extra_info("sslcontext") is not None
+    return -1 if peer is None or is_encrypted else int(peer.fileno())

@@ -3,8 +3,8 @@
 Pass the classes to uvicorn as `http=` and `ws=`. They offer the ASGI scope extension `scanwire.wire`, a `Connection`:
 
 - `write` hands ready frames to the transport, which under uvloop is one system call;
-- `is_ready` is False while the transport holds anything (under TLS, more than `high_water_bytes`), since frames may go
-  past it to the socket then; `turned` is called when it turns;
+- `is_ready` is False while the transport holds more than `high_water_bytes`, or anything once `app.push.channel` has
+  told it so; `turned` is called when it turns;
 - `rest` is what goes on after the application has returned. A stream waits there for its end, and all the layers of
   the application that it came through are gone, with their memory.
 
@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.push.guard import EXTENSION, Guard, WebSocketGuard
 from app.push.plain import PlainAnswers
-from app.push.ring import find_fd
 
 FINISH = "scanwire.finish"  # type of the message that a WebSocket receives when its subscriber has finished
 
@@ -58,8 +57,6 @@ class Connection(Guard):
     def open(self, turned: Callable[[], None]) -> None:
         """A stream begins; `turned` is called whenever `is_ready` has turned."""
         if not self.transport.is_closing():
-            if find_fd(self.transport) >= 0:
-                self.transport.set_write_buffer_limits(high=0)
             self._turned, self.is_ready = turned, not self._is_behind
             self.expect_delivery()
 
