@@ -170,6 +170,7 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     )
     if app.state.take_over is None:
         await log.open()
+    ring = open_ring() if settings.io_uring else None
     try:
         async with Runner(settings, log, clock=clock) as runner:
             await runner.pool.warm_up()
@@ -177,7 +178,6 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             if app.state.take_over is not None:
                 await app.state.take_over(journal.lock)
                 await log.open()
-            ring = open_ring() if settings.io_uring else None
             hub = Hub(log, ring=ring, batch_ms=settings.batch_ms, batch_max_ms=settings.batch_max_ms)
             hub.note_lag = metrics.note_push_lag
             limits = Limits(settings, clock)
@@ -245,10 +245,10 @@ async def _run_service(app: Starlette) -> AsyncIterator[dict[str, Any]]:
                 for timer in timers:
                     timer.cancel()
                 await asyncio.gather(*timers, return_exceptions=True)
-                if ring is not None:
-                    ring.close()
     finally:
         await log.close()
+        if ring is not None:
+            ring.close()
         logger.info("stopped", extra={"action": "stopped"})
 
 
