@@ -43,6 +43,14 @@ class Ended(NamedTuple):
     err: str
 
 
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "A" * 22 + "==",
+}
+
+
 async def start(
     *words: str, env: Mapping[str, str] | None = None, out: int | None = None, given: int = asyncio.subprocess.DEVNULL
 ) -> Process:
@@ -384,10 +392,14 @@ async def test_the_server_says_where_it_serves_and_stops_in_order(
     said = await read_until(process, "Prices:")
     assert f"Scanwire serves on http://127.0.0.1:{port}" in said
     assert "SYNTHETIC" in said
-    async with httpx.AsyncClient() as http:
-        assert (await http.get(f"http://127.0.0.1:{port}/healthz")).status_code == 200
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+        assert (await http.get("/healthz")).status_code == 200
+        refused = await http.get("/v1/ws?scan=s_nobody", headers=HANDSHAKE)
+        assert refused.status_code == 404
     process.send_signal(number)
-    assert (await finish(process)).code == 0
+    ended = await finish(process)
+    assert ended.code == 0
+    assert "ERROR" not in ended.err  # what the peer did wrong is none of the server's
 
 
 async def test_json_logs_are_json(tmp_path: Path, sample_prices: Path) -> None:

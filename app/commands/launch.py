@@ -126,8 +126,9 @@ class Launch:
     ) -> None:
         self._listener = listener
         self._gate = _Gate(create_app(settings, take_over=make_way))
-        # A start that fails is told by CommandFailed, and better.
-        logging.getLogger("uvicorn.error").addFilter(lambda record: "startup failed" not in record.msg)
+        # A start that fails is told by CommandFailed, and better; a handshake that was refused is no error.
+        silent = ("startup failed", "without completing handshake")
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not any(text in record.msg for text in silent))
         self._config = uvicorn.Config(
             self._gate,
             http=HttpConnection,
