@@ -5,6 +5,7 @@ from heapq import merge
 
 from app.core.errors import UnknownScan
 from app.core.event import Cursor, Event, EventType, make_event
+from app.core.scan import Scan
 from app.core.snapshot import make_snapshot
 from app.log.eventlog import READ_BYTES, EventLog
 
@@ -72,20 +73,20 @@ class Reader:
     def read_nowait(self) -> list[Event] | None:
         """What is new, oldest first, about `page_bytes` at the most; empty when there is nothing, and None when the
         journal has to be asked first: see `fetch`."""
-        self._note_losses()
         # A later event must not overtake one whose page is not whole.
-        horizon, pages = self._log.shown_n, []
+        log, horizon, pages = self._log, self._log.shown_n, []
         for scan_id, watch in self.watches.items():
+            scan = log.find(scan_id)
+            self._note_loss(watch, scan)
             page = self._read_page(scan_id, watch)
             if page is None:
                 return None
             if page:
                 pages.append(page)
-                if (last := page[-1].n or 0) < self._log.get(scan_id).n:
+                if scan is not None and (last := page[-1].n or 0) < scan.n:
                     horizon = min(horizon, last)
-        batch = self._take_resets()
-        size = 0
-        for event in merge(*pages, key=lambda event: event.n or 0):
+        batch, size = self._take_resets(), 0
+        for event in pages[0] if len(pages) == 1 else merge(*pages, key=lambda event: event.n or 0):
             size += len(event.json)
             if (event.n or 0) > horizon or (size > self.page_bytes and batch):
                 return batch
@@ -120,17 +121,16 @@ class Reader:
                 if self._log.read_nowait(scan_id, watch.after) is None:
                     watch.page = await self._log.read(scan_id, watch.after, self._share)
 
-    def _note_losses(self) -> None:
+    @staticmethod
+    def _note_loss(watch: Watch, scan: Scan | None) -> None:
         """What went past its retention while it was watched must not look as if it had never been."""
-        for scan_id, watch in self.watches.items():
-            scan = self._log.find(scan_id)
-            if scan is None:
-                if not watch.is_gone:
-                    watch.is_gone, watch.resets = True, "trimmed"
-            elif scan.is_trimmed and not watch.is_trimmed:
-                watch.is_trimmed = True
-                if watch.after < scan.n:
-                    watch.after, watch.page, watch.resets = 0, None, "trimmed"
+        if scan is None:
+            if not watch.is_gone:
+                watch.is_gone, watch.resets = True, "trimmed"
+        elif scan.is_trimmed and not watch.is_trimmed:
+            watch.is_trimmed = True
+            if watch.after < scan.n:
+                watch.after, watch.page, watch.resets = 0, None, "trimmed"
 
     def _take_resets(self) -> list[Event]:
         resets = []
