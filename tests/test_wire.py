@@ -15,8 +15,11 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
+from app.api import shortcuts
+from app.api.security import BodyLimit
 from app.core.event import EventType
 from app.core.scan import State
+from app.core.settings import hash_key
 from app.push import channel
 from tests.conftest import require, until
 from tests.peers import durable, meet, parse_events
@@ -337,3 +340,69 @@ async def test_under_tls_the_same_comes(
             assert messages == told
         # A plain answer and the short way of polls, on the same server.
         assert (await serving.http.get(f"/v1/scans/{scan}")).json()["state"] == "completed"
+
+
+UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {'A' * 22}==")
+VARYING = {b"date", b"ratelimit"}
+
+
+async def test_what_is_answered_ahead_of_all_layers_is_answered_as_by_them(
+    tmp_path: Path, sample_prices: Path, scan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layered = 0
+
+    async def count(self: BodyLimit, *request: Any) -> None:
+        nonlocal layered
+        layered += 1
+        await self.app(*request)
+
+    monkeypatch.setattr(BodyLimit, "__call__", count)
+    keys: Any = [f"me:{hash_key('k')}"]  # so that a wrong one is refused
+    async with serve(
+        tmp_path, sample_prices, clock=lambda: 0.0, max_streams_per_client=1, operator_keys=keys
+    ) as serving:
+        limits, log, events = serving.service.limits, serving.service.log, f"/v1/scans/{scan}/events"
+        await add_scan(log, scan, QUEUED, STARTED)
+        await add_scan(log, "s_done", *WHOLE)
+        requests = [
+            (events, SSE),
+            (events, "Accept: application/x-ndjson"),
+            (events, SSE, f"Last-Event-ID: {log.epoch}-1"),
+            (events, SSE, "Last-Event-ID: none of yours"),
+            (events, SSE, "X-API-Key: of nobody"),
+            (events, SSE, "Sec-Fetch-Site: cross-site"),
+            (events, SSE, "Connection: close"),
+            ("/v1/scans/s_done/events", SSE),
+            ("/v1/scans/s_done/events", SSE, f"Last-Event-ID: {log.epoch}-{log.shown_n}"),
+            ("/v1/ws", *UPGRADE),
+            (f"/v1/ws?scan={scan}", *UPGRADE, "Sec-WebSocket-Protocol: scanwire.v1, scanwire.key.k"),
+            ("/v1/ws?scan=s_nobody", *UPGRADE),
+            ("/v1/ws?after=x", *UPGRADE),
+            ("/v1/ws", *UPGRADE, "Sec-WebSocket-Protocol: mqtt"),
+            ("/v1/ws", *UPGRADE, "Sec-WebSocket-Protocol: scanwire.key.wrong"),
+            ("/v1/ws", *UPGRADE, "Origin: https://evil.example"),
+        ]
+
+        async def read(path: str, *fields: str) -> tuple[bytes, dict[bytes, bytes], bytes]:
+            """The head, and as much of the body as comes at once."""
+            async with meet(serving.url) as peer:
+                await peer.ask(path, *fields)
+                status, head = await peer.read_head()
+                size = int(head.get(b"content-length", b"0"))
+                body = await (peer.read_chunk() if b"transfer-encoding" in head else peer.read_exactly(size))
+            await until(lambda: sum(serving.service.hub.statistics().subscribers.values()) == 0)
+            return status, {name: value for name, value in head.items() if name not in VARYING}, body
+
+        async def compare(path: str, *fields: str) -> None:
+            nonlocal layered
+            layered, answer = 0, await read(path, *fields)
+            assert layered == 0
+            with monkeypatch.context() as patch:
+                patch.setattr(shortcuts, "find_wire", lambda scope: None)
+                assert await read(path, *fields) == answer
+
+        for request in requests:
+            await compare(*request)
+        with limits.open_stream("ip:127.0.0.1"):  # the only place
+            for request in requests:
+                await compare(*request)

@@ -122,28 +122,28 @@ class Security:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        is_http = scope["type"] == "http"
-        if is_http:
+        if scope["type"] == "http":
             send = add_security_headers(send)
         try:
-            client = self.check(scope)
+            self.admit(scope)
         except ScanwireError as error:
             await refuse(error, scope, receive, send)
             return
-        scope["state"] = {**scope.get("state", {}), "client": client}
-        if not is_http:
-            # An endpoint that echoes subprotocols must not echo the key.
-            scope["subprotocols"] = [p for p in scope.get("subprotocols", ()) if not p.startswith(KEY_SUBPROTOCOL)]
         await self.app(scope, receive, send)
+
+    def admit(self, scope: Scope) -> None:
+        """Names the client in the scope, for an endpoint. Raises what refuses it."""
+        scope["state"] = {**scope.get("state", {}), "client": self.check(scope)}
+        if scope.get("subprotocols"):
+            # An endpoint that echoes subprotocols must not echo the key.
+            scope["subprotocols"] = [p for p in scope["subprotocols"] if not p.startswith(KEY_SUBPROTOCOL)]
 
     def check(self, scope: Scope) -> str:
         """The client that a request is charged to. Raises what refuses it."""
-        fields = _pick_fields(scope)
-        path = _route_path(scope)
+        fields, path = _pick_fields(scope), _route_path(scope)
         self._check_host(path, fields)
         self._check_origin(scope, path, fields)
-        key = self._check_key(scope, path, fields)
-        return client_key(client_address(scope, self._trusted), key)
+        return client_key(client_address(scope, self._trusted), self._check_key(scope, path, fields))
 
     # Host
 

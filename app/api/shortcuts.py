@@ -4,31 +4,44 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from app.api.external import Post, acknowledge, has_own_token, is_unsure
-from app.api.formats import JSON
+from app.api.formats import JSON, NDJSON, SSE
 from app.api.polling import SnapshotCache, encode_answer
-from app.api.problems import problem_response
-from app.api.security import DATA_HEADERS, Security
+from app.api.problems import problem_response, refuse
+from app.api.security import DATA_HEADERS, PAGE_HEADERS, Security
 from app.api.service import Service
+from app.api.sse import open_stream
+from app.api.websocket import serve_websocket
 from app.core.errors import ScanwireError
+from app.core.event import Cursor
 from app.core.scan import Scan
 from app.observe.tally import Timing
-from app.push.plain import PlainAnswers, encode_fields
-from app.push.wire import find_wire
+from app.push.frames import LINES, STREAM, Framing
+from app.push.plain import encode_fields
+from app.push.wire import HttpConnection, find_wire
 
 _SCANS = "/v1/scans/"
+_WEBSOCKET = "/v1/ws"
 _DATA = encode_fields(DATA_HEADERS)
+_PAGE = encode_fields(PAGE_HEADERS)
 _POSTED = encode_fields([(b"cache-control", b"no-store"), (b"content-type", JSON.encode())]) + _DATA
+# What asks for a stream, and for nothing else.
+_FRAMINGS = {SSE.encode(): STREAM, NDJSON.encode(): LINES}
+_OF_A_BODY = (b"content-length", b"transfer-encoding")
 Answer = tuple[int, bytes, bytes]  # status, header fields as they are sent, body
 
 
 class Shortcuts:
-    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor) and the producer's post
-    whose body came with its head, where the server offers the wire to write the answer to.
+    """Answers the plain snapshot poll (GET /v1/scans/{id}, no query, preference or cursor), the stream of one scan
+    (GET /v1/scans/{id}/events, no query), the WebSocket, and the producer's post whose body came with its head, where
+    the server offers the wire to write the answer to.
 
     `security` checks them all the same, and gets everything else, timed by Timing. What it checked on a connection
     holds for the requests there that have the same head.
@@ -36,7 +49,7 @@ class Shortcuts:
 
     def __init__(self, security: Security, app: Starlette) -> None:
         self._security = security
-        self._state = app.state
+        self._app, self._state = app, app.state
         self._otherwise = Timing(security, self._find_note)
         self._snapshots: SnapshotCache = app.state.snapshots
 
@@ -46,16 +59,22 @@ class Shortcuts:
         return None if service is None else service.note_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire: PlainAnswers | None = find_wire(scope) if scope["type"] == "http" else None
+        if scope["type"] == "websocket" and scope["path"] == _WEBSOCKET and find_wire(scope) is not None:
+            await self._connect(scope, receive, send)
+            return
+        wire: HttpConnection | None = find_wire(scope) if scope["type"] == "http" else None
         line = None if wire is None else _Line(wire, self._state.service, self._snapshots)
         asked = None if line is None else line.read(scope)
         if line is None or asked is None:
             await self._otherwise(scope, receive, send)
             return
         began = time.perf_counter()
-        scan_id, fields, body = asked
+        scan_id, fields, body, framing = asked
         try:
             client = self._security.check(scope)
+            if framing is not None:
+                line.open(client, scan_id, fields, framing, began)
+                return
             post = None if body is None else Post.check(line.service, scan_id, fields)
         except ScanwireError as refusal:
             line.respond(began, _encode_refusal(refusal))
@@ -69,34 +88,67 @@ class Shortcuts:
             if answered is not None:
                 await asyncio.wait((answered,))
 
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self._app
+        try:
+            self._security.admit(scope)
+            await serve_websocket(WebSocket(scope, receive, send))
+        except ScanwireError as refusal:
+            await refuse(refusal, scope, receive, send)
+
+
+class _Asked(NamedTuple):
+    """What is answered here."""
+
+    scan_id: str
+    fields: Mapping[bytes, bytes]
+    body: bytes | None = None  # of a post
+    framing: Framing | None = None  # of a stream
+
 
 class _Line:
     """A request, and those that repeat it on its connection."""
 
     __slots__ = ("_snapshots", "service", "wire")
 
-    def __init__(self, wire: PlainAnswers, service: Service, snapshots: SnapshotCache) -> None:
+    def __init__(self, wire: HttpConnection, service: Service, snapshots: SnapshotCache) -> None:
         self.wire = wire
         self.service = service
         self._snapshots = snapshots
 
-    def read(self, scope: Scope) -> tuple[str, Mapping[bytes, bytes], bytes | None] | None:
-        """The scan, the fields, and the body of a post; None for what is not answered here."""
+    def read(self, scope: Scope) -> _Asked | None:
+        """None for what is not answered here."""
         method, path = scope["method"], scope["path"]
         if not path.startswith(_SCANS):
             return None
         fields = dict(scope["headers"])
         if b"origin" in fields:  # of a browser, which may want the fields that CORS adds
             return None
-        if method == "GET" and self.service.log.find(path[len(_SCANS) :]) is not None:
-            if scope["query_string"] or b"prefer" in fields or b"last-event-id" in fields:
-                return None
-            return path[len(_SCANS) :], fields, None
         if has_own_token(method, path):
             body = self.wire.take_body()
             if body is not None and len(body) <= self.service.settings.max_events_body_bytes:
-                return path.split("/")[3], fields, body
+                return _Asked(path.split("/")[3], fields, body)
+        elif method == "GET" and not scope["query_string"] and b"prefer" not in fields:
+            scan_id, _, rest = path[len(_SCANS) :].partition("/")
+            framing = _FRAMINGS.get(fields.get(b"accept", b"")) if rest == "events" else None
+            if self.service.log.find(scan_id) is None:
+                return None
+            if not rest and b"last-event-id" not in fields:
+                return _Asked(scan_id, fields)
+            if framing is not None and len(fields) == len(scope["headers"]) and fields.keys().isdisjoint(_OF_A_BODY):
+                return _Asked(scan_id, fields, framing=framing)
         return None
+
+    def open(self, client: str, scan_id: str, fields: Mapping[bytes, bytes], framing: Framing, began: float) -> None:
+        """A stream begins. Raises what refuses it."""
+        last = fields.get(b"last-event-id", b"").decode("latin-1")
+        cursor = Cursor.parse(last, "Last-Event-ID") if last else None
+        answer = open_stream(self.service, client, (scan_id,), cursor, framing)
+        if isinstance(answer, Response):
+            self.respond(began, _encode(answer))
+        else:
+            answer.push_ahead(self.wire, _PAGE if framing is STREAM else _DATA)
+            self.service.note_answer(time.perf_counter() - began)
 
     def repeat_poll(self, client: str, scan_id: str, fields: Mapping[bytes, bytes], body: bytes) -> bool:
         began = time.perf_counter()
@@ -159,5 +211,9 @@ class _Line:
 
 
 def _encode_refusal(refusal: ScanwireError) -> Answer:
-    response = problem_response(refusal)
-    return response.status_code, encode_fields(response.raw_headers) + _DATA, bytes(response.body)
+    return _encode(problem_response(refusal))
+
+
+def _encode(response: Response) -> Answer:
+    fields = _PAGE if (response.media_type or "").startswith("text/") else _DATA
+    return response.status_code, encode_fields(response.raw_headers) + fields, bytes(response.body)

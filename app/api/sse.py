@@ -17,10 +17,17 @@ from app.core.errors import AtCapacity, RateLimited, ScanwireError, UnknownScan
 from app.core.event import Cursor, EventType, make_event
 from app.engine.limits import StreamLease
 from app.push.frames import HEARTBEAT_NDJSON, HEARTBEAT_SSE, LINES, STREAM, Framing, frame_sse, open_sse
+from app.push.plain import encode_fields
 from app.push.puller import Puller
 from app.push.reader import Reader
 from app.push.subscriber import Subscriber
 from app.push.wire import HttpConnection, find_wire
+
+_UNSTORED = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
+_HEADS = {
+    STREAM: ((b"content-type", SSE.encode() + b"; charset=utf-8"), *_UNSTORED),
+    LINES: ((b"content-type", NDJSON.encode()), *_UNSTORED),
+}
 
 
 async def get_scan_events(request: Request) -> ASGIApp:
@@ -43,6 +50,18 @@ async def _answer(request: Request, scan_ids: Sequence[str]) -> ASGIApp:
         return await get_events_page(request, scan_ids, cursor)
     if request.method == "HEAD":
         return Response(media_type=format_)
+    answer = open_stream(service, client, scan_ids, cursor, STREAM if format_ == SSE else LINES)
+    if isinstance(answer, Response):
+        return answer
+    wire: HttpConnection | None = find_wire(request.scope)
+    return answer.pull if wire is None else partial(answer.push, wire)
+
+
+def open_stream(
+    service: Service, client: str, scan_ids: Sequence[str], cursor: Cursor | None, framing: Framing
+) -> "Stream | Response":
+    """A stream that has its place, to be pushed or pulled; or the answer in place of one. Raises RateLimited and
+    AtCapacity, but to an EventSource."""
     try:
         service.limits.charge("connect", client)
         if _is_caught_up(service, scan_ids, cursor):
@@ -50,12 +69,10 @@ async def _answer(request: Request, scan_ids: Sequence[str]) -> ASGIApp:
             return Response(status_code=204, headers=service.limits.headers("connect", client))
         lease = service.limits.open_stream(client)
     except (RateLimited, AtCapacity) as refusal:
-        if format_ == SSE:
+        if framing is STREAM:
             return _make_throttled(service, refusal)
         raise
-    stream = Stream(service, client, lease, scan_ids, cursor, STREAM if format_ == SSE else LINES)
-    wire: HttpConnection | None = find_wire(request.scope)
-    return stream.pull if wire is None else partial(stream.push, wire)
+    return Stream(service, client, lease, scan_ids, cursor, framing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +92,21 @@ class Stream:
         return open_sse(self.service.settings.retry_ms) if self.framing is STREAM else HEARTBEAT_NDJSON
 
     @property
-    def head(self) -> dict[str, str]:
-        headers = self.service.limits.headers("connect", self.client)
-        return headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    def head(self) -> list[tuple[bytes, bytes]]:
+        return [*self.service.limits.raw_headers("connect", self.client), *_HEADS[self.framing]]
 
     async def push(self, wire: HttpConnection, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the head; frames are written straight to the transport."""
-        media_type = SSE if self.framing is STREAM else NDJSON
-        response = Response(headers=self.head, media_type=media_type)
-        headers = [field for field in response.raw_headers if field[0] != b"content-length"]
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.head})
         except BaseException:
             self.lease.close()
             raise
+        wire.rest = partial(self._push_rest, wire)
+
+    def push_ahead(self, wire: HttpConnection, fields: bytes) -> None:
+        """As `push`, ahead of all layers, which would add these fields."""
+        wire.begin(200, encode_fields(self.head) + fields)
         wire.rest = partial(self._push_rest, wire)
 
     async def _push_rest(self, wire: HttpConnection, receive: Receive, send: Send) -> None:
@@ -113,11 +131,12 @@ class Stream:
         ):
             self._subscribe(subscriber)
             body = self._write(subscriber)
+            head = {name.decode(): value.decode() for name, value in self.head}
             if self.framing is STREAM:
                 stall_s = self.service.settings.stall_s
-                response: ASGIApp = EventSourceResponse(body, headers=self.head, ping=0, send_timeout=stall_s)
+                response: ASGIApp = EventSourceResponse(body, headers=head, ping=0, send_timeout=stall_s)
             else:
-                response = StreamingResponse(body, headers=self.head, media_type=NDJSON)
+                response = StreamingResponse(body, headers=head)
             await response(scope, receive, send)
 
     def _subscribe(self, subscriber: Subscriber) -> None:

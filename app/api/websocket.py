@@ -58,16 +58,18 @@ async def serve_websocket(websocket: WebSocket) -> None:
     if scan_ids or after:
         require_known(service, scan_ids)
     service.limits.charge("connect", client)
-    with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(service.limits.open_stream(client))
+    lease, watched = service.limits.open_stream(client), dict.fromkeys(scan_ids, after)
+    wire: WebSocketConnection | None = find_wire(websocket.scope)
+    try:
         await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
-        watched = dict.fromkeys(scan_ids, after)
-        wire: WebSocketConnection | None = find_wire(websocket.scope)
-        if wire is None:
+    except BaseException:
+        lease.close()
+        raise
+    if wire is None:
+        with lease:
             await _serve_pulled(websocket, service, client, watched)
-        else:
-            wire.rest = partial(_serve_pushed, wire, service, client, lease, watched)
-            stack.pop_all()
+    else:
+        wire.rest = partial(_serve_pushed, wire, service, client, lease, watched)
 
 
 async def _serve_pushed(
