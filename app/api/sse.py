@@ -102,23 +102,27 @@ class Stream:
         except BaseException:
             self.lease.close()
             raise
-        wire.rest = partial(self._push_rest, wire)
+        wire.rest = partial(self._push_rest, wire, b"")
 
     def push_ahead(self, wire: HttpConnection, fields: bytes) -> None:
         """As `push`, ahead of all layers, which would add these fields."""
-        wire.begin(200, encode_fields(self.head) + fields)
-        wire.rest = partial(self._push_rest, wire)
+        wire.rest = partial(self._push_rest, wire, wire.begin(200, encode_fields(self.head) + fields))
 
-    async def _push_rest(self, wire: HttpConnection, receive: Receive, send: Send) -> None:
-        wire.write(self.framing.wrap(self.opening))
+    async def _push_rest(self, wire: HttpConnection, head: bytes, receive: Receive, send: Send) -> None:
+        opening = head + self.framing.wrap(self.opening)
         with (
             self.lease,
             self.service.hub.push(wire, self.framing, ends=True, client=self.client) as subscriber,
             self.service.sessions.stream(self.client, self.scan_ids),
-            contextlib.suppress(UnknownScan),  # reaped in this very moment; the client is told when it comes back
         ):
-            self._subscribe(subscriber)
-            await wire.finished
+            try:
+                self._subscribe(subscriber)
+            except UnknownScan:  # reaped in this very moment; the client is told when it comes back
+                wire.write(opening)
+            else:
+                subscriber.start(opening)
+                del head, opening  # it may be open for hours
+                await wire.finished
         await send({"type": "http.response.body", "body": b""})
 
     async def pull(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,6 +134,7 @@ class Stream:
             contextlib.suppress(SendTimeoutError),
         ):
             self._subscribe(subscriber)
+            subscriber.wake()
             body = self._write(subscriber)
             head = {name.decode(): value.decode() for name, value in self.head}
             if self.framing is STREAM:
@@ -142,7 +147,6 @@ class Stream:
     def _subscribe(self, subscriber: Subscriber) -> None:
         for scan_id in self.scan_ids:
             self.service.hub.subscribe(subscriber, scan_id, self.cursor)
-        subscriber.wake()
 
     async def _write(self, subscriber: Puller) -> AsyncIterator[bytes]:
         yield self.opening

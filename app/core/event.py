@@ -87,6 +87,7 @@ def make_event(
     if cursor is None:
         whole = {"scan": scan or None, "seq": seq, "type": name, "ts": ts, "data": data}
         return Event(type, scan, seq, None, None, orjson.dumps(whole, default=_take_json), ts)
-    id = str(cursor)
+    epoch, n = cursor
+    id = f"{epoch}-{n}"
     whole = {"id": id, "scan": scan, "seq": seq, "type": name, "ts": ts, "data": data}
-    return Event(type, scan, seq, cursor.n, id, orjson.dumps(whole, default=_take_json), ts)
+    return Event(type, scan, seq, n, id, orjson.dumps(whole, default=_take_json), ts)

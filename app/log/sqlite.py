@@ -46,6 +46,7 @@ _APART_MOST_S = 0.01
 _CHECKPOINT_PAGES = 4000  # a page that changes often goes from the WAL into the file less often: 16 MB
 _RETRY_S = (0.05, 0.1, 0.25, 0.5, 1.0)
 _READ_ROWS = 256
+_MATCHES = EventType.MATCHES
 _PLACE_EVENTS = 4096  # are noted at once: a few milliseconds of one commit, and what a read may have to look through
 # SQLite's quick check reads about a gigabyte a second; past this size a start would feel it.
 _QUICK_CHECK_BYTES = 512 * 2**20
@@ -343,7 +344,7 @@ def _can_be_folded(write: Write) -> bool:
     if not write.is_told:
         return False
     for event in write.events:  # not `all`, which takes twice as long, for every write
-        if event.type is not EventType.MATCHES:
+        if event.type is not _MATCHES:
             return False
     return bool(write.events)
 

@@ -15,9 +15,9 @@ def frame_sse(event: Event) -> bytes:
 
     An EventSource heeds the `retry:` of a `bye`, though it may know nothing of that event.
     """
-    id_line = b"" if event.id is None else b"id: " + event.id.encode() + b"\n"
+    id_line = b"" if event.id is None else b"id: %b\n" % event.id.encode()
     wait = b"\nretry: %d" % event.load_data().get("reconnect_ms", 0) if event.type is EventType.BYE else b""
-    return b"event: " + event.type.encode() + b"\n" + id_line + b"data: " + event.json + wait + b"\n\n"
+    return b"event: %b\n%bdata: %b%b\n\n" % (event.type.encode(), id_line, event.json, wait)
 
 
 def frame_ndjson(event: Event) -> bytes:

@@ -78,8 +78,7 @@ class Hub:
         """One part of a flush; the next one follows when the rest of the loop has had its turn."""
         loop, now, writes = asyncio.get_running_loop(), time.monotonic(), 0
         if self._pushing is None:
-            dirty, self._dirty = self._dirty, {}
-            self._pushing = self._push(dirty)
+            self._pushing, self._dirty = self._push(self._dirty), {}
             self._flushes += 1
             self._began_s = time.thread_time()
         for count in self._pushing:
@@ -166,8 +165,7 @@ class Hub:
         subscriber.watch(scan_id, cursor)
         channel = self._channels.get(scan_id)
         if channel is None:
-            channel = Channel(self._log.get(scan_id).n, self._log.get_progress_event(scan_id))
-            self._channels[scan_id] = channel
+            channel = self._channels[scan_id] = Channel(self._log.get(scan_id).n, self._log.get_progress_event(scan_id))
         channel.readers[subscriber] = None
 
     def _join(self, pusher: Pusher) -> None:
@@ -196,9 +194,8 @@ class Hub:
         return Counter(one.client for one in self._subscribers if isinstance(one, Pusher) and not one.wire.is_ready)
 
     def statistics(self) -> HubStatistics:
-        subscribers, pushed = Counter[str](), self._pushed.copy()
+        subscribers, pushed = Counter(one.transport for one in self._subscribers), self._pushed.copy()
         for subscriber in self._subscribers:
-            subscribers[subscriber.transport] += 1
             pushed[subscriber.transport] += subscriber.pushed
         for channel in self._channels.values():
             for block in channel.blocks:

@@ -130,15 +130,14 @@ class PlainAnswers(HttpGuard):
             self._held = None  # it came behind the last one that is answered here
         self.release()
 
-    def begin(self, status: int, fields: bytes) -> None:
-        """The head of an answer whose body goes out in chunks, as `app.push.frames.chunk` makes them. ASGI ends it."""
+    def begin(self, status: int, fields: bytes) -> bytes:
+        """The head of an answer, to be written before anything else. Its body follows in chunks, as
+        `app.push.frames.chunk` makes them, and ASGI's `send` ends it."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
         usual = _encode_usual(tuple(self.server_state.default_headers))
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         cycle.response_started = cycle.chunked_encoding = True
-        if not self.transport.is_closing():
-            chunked = b"transfer-encoding: chunked\r\n"
-            self.transport.write(b"".join((STATUS_LINE[status], usual, fields, chunked, end)))
+        return b"".join((STATUS_LINE[status], usual, fields, b"transfer-encoding: chunked\r\n", end))
 
     def respond(self, status: int, fields: bytes, body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. `fields` are as by `encode_fields`."""

@@ -111,6 +111,13 @@ class Pusher(Subscriber):
         if self.block is not None:
             self.block.part(self)
 
+    def start(self, opening: bytes) -> None:
+        """The first write: this, and what there is to read behind it. Another write would cost as much again."""
+        batch = (self.read_nowait() if self.wire.is_ready else None) or []
+        self.wire.write(opening + self.framing.encode(batch) if batch else opening)
+        self.pushed += len(batch)
+        asyncio.get_running_loop().call_soon(self.wake)
+
     def wake(self) -> None:
         self._part()
         if not self.wire.is_ready or self._reading is not None:

@@ -47,8 +47,8 @@ class Connection(Guard):
         del scope["extensions"][EXTENSION]
         if self.rest is not None:
             self._let_go(scope)
-            rest, self.rest = self.rest, None
-            await rest(receive, send)
+            rest, self.rest = self.rest(receive, send), None
+            await rest
 
     def _let_go(self, scope: Scope) -> None:
         """A stream may be open for hours; what it was asked for with has been read."""
