@@ -58,18 +58,20 @@ async def serve_websocket(websocket: WebSocket) -> None:
     if scan_ids or after:
         require_known(service, scan_ids)
     service.limits.charge("connect", client)
-    lease, watched = service.limits.open_stream(client), dict.fromkeys(scan_ids, after)
+    watched, subprotocol = dict.fromkeys(scan_ids, after), SUBPROTOCOL if offered else None
     wire: WebSocketConnection | None = find_wire(websocket.scope)
-    try:
-        await websocket.accept(subprotocol=SUBPROTOCOL if offered else None)
-    except BaseException:
-        lease.close()
-        raise
+    lease = service.limits.open_stream(client)
     if wire is None:
         with lease:
+            await websocket.accept(subprotocol)
             await _serve_pulled(websocket, service, client, watched)
     else:
-        wire.rest = partial(_serve_pushed, wire, service, client, lease, watched)
+        try:
+            opening = await wire.accept(subprotocol)
+        except BaseException:
+            lease.close()
+            raise
+        wire.rest = partial(_serve_pushed, wire, service, client, lease, watched, opening)
 
 
 async def _serve_pushed(
@@ -78,15 +80,18 @@ async def _serve_pushed(
     client: str,
     lease: StreamLease,
     watched: Watched,
+    opening: bytes,
     receive: Receive,
     send: Send,
 ) -> None:
-    """Reads messages and answers them; events are written straight to the transport by the hub."""
+    """Reads messages and answers them; events are written straight to the transport by the hub, behind `opening`."""
     with (
         lease,
         service.hub.push(wire, MESSAGES, ends=False, client=client) as subscriber,
         _Dialogue(service, client, subscriber, watched) as dialogue,
     ):
+        subscriber.start(opening)
+        del opening  # it may be open for hours
         while True:
             message = await receive()
             if message["type"] == "websocket.disconnect":
@@ -109,6 +114,7 @@ async def _serve_pulled(websocket: WebSocket, service: Service, client: str, wat
         _Dialogue(service, client, subscriber, watched) as dialogue,
         contextlib.suppress(WebSocketDisconnect),
     ):
+        subscriber.wake()
         replies: asyncio.Queue[bytes] = asyncio.Queue(_MAX_REPLIES)
         tasks = [
             asyncio.create_task(_read(websocket, dialogue, subscriber, replies)),
@@ -177,8 +183,6 @@ class _Dialogue:
         for scan_id, cursor in watched.items():
             with contextlib.suppress(UnknownScan):  # reaped since it was looked up
                 self.watch(scan_id, cursor)
-        if watched:
-            subscriber.wake()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ uvicorn's way. From the handshake on there is one way for both.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -92,25 +92,42 @@ class WebSocketHandshake(WebSocketsSansIOProtocol):
 
     async def send(self, message: Any) -> None:
         await self.writable.wait()
-        key = self.handshake_key
-        is_over = self.handshake_complete or self.initial_response is not None
-        if message["type"] != "websocket.accept" or key is None or is_over:
+        if message["type"] != "websocket.accept" or not self._is_open():
             await super().send(message)
-            return
-        fields = [(b"Sec-WebSocket-Accept", accept_key(key).encode()), *self.default_headers]
-        fields += message.get("headers", ())
-        if message.get("subprotocol"):
-            fields.append((b"Sec-WebSocket-Protocol", message["subprotocol"].encode()))
+        else:
+            answer = self._accept(message.get("subprotocol"), message.get("headers", ()))
+            if not self.transport.is_closing():
+                self.transport.write(answer)
+
+    async def accept(self, subprotocol: str | None) -> bytes:
+        """As ASGI's `websocket.accept`. Gives what has to be written before anything else, if it was not written."""
+        await self.receive()  # the application is asked first
+        if self._is_open():
+            return self._accept(subprotocol, ())
+        await self.send({"type": "websocket.accept", "subprotocol": subprotocol})
+        return b""
+
+    def _is_open(self) -> bool:
+        """Whether a plain handshake has no answer yet."""
+        return self.handshake_key is not None and not self.handshake_complete and self.initial_response is None
+
+    def _accept(self, subprotocol: str | None, more: Iterable[tuple[bytes, bytes]]) -> bytes:
+        fields = [
+            (b"Sec-WebSocket-Accept", accept_key(self.handshake_key or "").encode()),
+            *self.default_headers,
+            *more,
+        ]
+        if subprotocol:
+            fields.append((b"Sec-WebSocket-Protocol", subprotocol.encode()))
         head = [_SWITCHING]
         for name, value in fields:
             if HEADER_VALUE_RE.search(value):
                 raise RuntimeError("Invalid HTTP header value.")
             head += (name, b": ", value, b"\r\n")
-        if not self.transport.is_closing():
-            self.handshake_complete = True
-            self.conn.state = OPEN
-            self.transport.write(b"".join((*head, b"\r\n")))
-            self.start_keepalive()
+        self.handshake_complete = True
+        self.conn.state = OPEN
+        self.start_keepalive()
+        return b"".join((*head, b"\r\n"))
 
     def forget_handshake(self) -> None:
         """The connection may be open for hours; what it was asked for with has been read."""
