@@ -49,46 +49,56 @@ class Ring:
         self._tail = numbers[submissions[1] // 4 :][:1]
         self._read = numbers[completions[0] // 4 :][:1]
         self._results = memoryview(queues)[completions[5] :][: 16 * self._results_held].cast("i")
-        numbers[submissions[6] // 4 :][:ENTRIES] = memoryview(array("I", range(ENTRIES)))
+        self._slots = numbers[submissions[6] // 4 :][:ENTRIES]  # which entries are submitted, in turn
+        self._order = memoryview(array("I", range(ENTRIES)))
         # Of each entry: operation, socket, address (64 bits), length, flags of the message, and what its result is
         # known by.
         operations, self._sockets, self._lengths, flags, names = (entries.cast("I")[at:] for at in (0, 1, 6, 7, 8))
         self._addresses = entries.cast("Q")[2:]
-        names[::_ENTRY] = memoryview(array("I", range(ENTRIES)))
+        names[::_ENTRY] = self._order
         operations[::_ENTRY] = memoryview(array("I", [_SEND]) * ENTRIES)
         flags[::_ENTRY] = memoryview(array("I", [_DONTWAIT | _NOSIGNAL]) * ENTRIES)
+        self._fds, self._size = array("I"), 0  # in the entries now
 
     def send(self, fds: "array[int]", data: bytes) -> list[int]:
         """Gives how many bytes each socket took, or its negative errno. Waits for none: the rest is the caller's.
 
-        `fds` are of type "I".
+        `fds` are of type "I", and never change.
         """
-        address = array("Q", [ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0])
-        length, sockets, taken = array("I", [len(data)]), memoryview(fds), list[int]()
-        while len(taken) < len(fds):
-            first = self._tail[0] % ENTRIES
-            count = min(len(fds) - len(taken), ENTRIES - first)
-            begin, end = first * _ENTRY, (first + count) * _ENTRY - _ENTRY + 1
-            self._sockets[begin:end:_ENTRY] = sockets[len(taken) :][:count]
-            self._lengths[begin:end:_ENTRY] = memoryview(length * count)
-            self._addresses[begin // 2 : end // 2 + 1 : _ENTRY // 2] = memoryview(address * count)
-            taken += self._submit(count, len(data))
-        return taken
+        if len(fds) <= ENTRIES:
+            return self._send(fds, data)
+        return [taken for at in range(0, len(fds), ENTRIES) for taken in self._send(fds[at : at + ENTRIES], data)]
 
-    def _submit(self, count: int, size: int) -> list[int]:
-        """The results of the next so many entries, in their order; most are `size`."""
+    def _send(self, fds: "array[int]", data: bytes) -> list[int]:
+        count, size = len(fds), len(data)
+        if fds is not self._fds or size != self._size:  # mostly the same as last time
+            self._fds, self._size = fds, size
+            self._sockets[: count * _ENTRY : _ENTRY] = memoryview(fds)
+            self._lengths[: count * _ENTRY : _ENTRY] = memoryview(array("I", [size]) * count)
+        address = array("Q", [ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0])
+        self._addresses[: count * _ENTRY // 2 : _ENTRY // 2] = memoryview(address * count)
         start = self._tail[0]
+        first = start % ENTRIES
+        room = min(count, ENTRIES - first)
+        self._slots[first : first + room], self._slots[: count - room] = self._order[:room], self._order[room:count]
         self._tail[0] = (start + count) % 2**32
         done = max(self._call(_ENTER, self._fd, count, count, _GET_EVENTS, None, 0), 0)
         # Where memory is short the kernel looks at some only; what it left must not be done later.
         self._tail[0] = self._read[0] = (start + done) % 2**32
-        at = start % self._results_held * 4
-        results = self._results[at + 2 : at + 4 * done : 4]
-        if results.tobytes() == (array("i", [size]) * count).tobytes():
+        taken = self._read_results(start, done, 2)
+        if taken == array("i", [size]) * count:
             return [size] * count
         # By name: kernels before 6.2 tell of those first that took nothing.
-        names = self._results[at : at + 4 * done : 4]
-        return [result for _, result in sorted(zip(names, results, strict=True))] + [0] * (count - done)
+        return [one for _, one in sorted(zip(self._read_results(start, done, 0), taken, strict=True))] + [0] * (
+            count - done
+        )
+
+    def _read_results(self, start: int, count: int, field: int) -> "array[int]":
+        """One of the four numbers of each of these results."""
+        first = start % self._results_held
+        room = min(count, self._results_held - first)
+        results = self._results[field::4]
+        return array("i", results[first : first + room].tobytes() + results[: count - room].tobytes())
 
     def close(self) -> None:
         os.close(self._fd)
