@@ -94,7 +94,7 @@ class Engine:
         """Waits for what the log tells."""
         changed = asyncio.Event()
         self.log.listen(lambda scan_id: changed.set())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not is_so():
                 changed.clear()
                 await changed.wait()
