@@ -209,8 +209,8 @@ async def test_a_refusal_leaves_the_connection_usable_and_holds_nothing(
 # WebSocket
 
 
-def open_socket(serving: Serving, **options: Any) -> Any:
-    return connect(serving.url.replace("http", "ws") + "/v1/ws", **options)
+def open_socket(serving: Serving, query: str = "", **options: Any) -> Any:
+    return connect(serving.url.replace("http", "ws") + "/v1/ws" + query, **options)
 
 
 async def test_replies_around_the_first_change_of_the_frame_header_are_read_by_another_library(
@@ -296,6 +296,43 @@ async def test_at_a_drain_streams_end_with_bye_and_websockets_close_with_1001(
         assert closed.value.rcvd.code == 1001
 
 
+async def test_who_comes_at_a_drain_has_an_answer_first_and_then_the_bye(
+    tmp_path: Path, sample_prices: Path, scan: str
+) -> None:
+    async with serve(tmp_path, sample_prices) as serving, meet(serving.url) as peer:
+        await add_scan(serving.service.log, scan, QUEUED)
+        serving.service.hub.parting.say_at_once(500)
+        for path, accept in (
+            (f"/v1/scans/{scan}/events", SSE),
+            (f"/v1/scans/{scan}/events", "Accept: application/x-ndjson"),
+            (f"/v1/events?scan={scan}", SSE),
+        ):
+            await peer.ask(path, accept)
+            status, _, body = await peer.read_answer()
+            assert status.split()[1] == b"200"
+            assert body.find(b"bye") > body.find(b"queued") > 0
+        async with open_socket(serving, f"?scan={scan}") as socket:
+            assert [json.loads(await socket.recv())["type"] for _ in range(2)] == ["queued", "bye"]
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1001
+
+
+async def test_a_peer_that_has_sent_another_request_behind_its_stream_and_leaves_is_no_error(
+    serving: Serving, scan: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await add_scan(serving.service.log, scan, QUEUED, STARTED)
+    async with meet(serving.url) as peer:
+        await peer.ask(f"/v1/scans/{scan}/events", SSE)
+        await peer.read_head()
+        await peer.ask(f"/v1/scans/{scan}", "Accept: application/json")
+        await until_watched(serving, 1)
+        peer.reset()
+    await until(lambda: not any(count_held(serving)))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 # TLS
 
 
@@ -359,7 +396,12 @@ async def test_what_is_answered_ahead_of_all_layers_is_answered_as_by_them(
     monkeypatch.setattr(BodyLimit, "__call__", count)
     keys: Any = [f"me:{hash_key('k')}"]  # so that a wrong one is refused
     async with serve(
-        tmp_path, sample_prices, clock=lambda: 0.0, max_streams_per_client=1, operator_keys=keys
+        tmp_path,
+        sample_prices,
+        clock=lambda: 0.0,
+        max_streams_per_client=1,
+        operator_keys=keys,
+        allowed_origins=["https://pages.example"],
     ) as serving:
         limits, log, events = serving.service.limits, serving.service.log, f"/v1/scans/{scan}/events"
         await add_scan(log, scan, QUEUED, STARTED)
@@ -406,3 +448,5 @@ async def test_what_is_answered_ahead_of_all_layers_is_answered_as_by_them(
         with limits.open_stream("ip:127.0.0.1"):  # the only place
             for request in requests:
                 await compare(*request)
+        for path in (f"/v1/scans/{scan}/", f"{events}/"):
+            assert (await read(path, SSE))[0].split()[1] == b"307"  # they are other addresses

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -14,7 +15,7 @@ from starlette.websockets import WebSocket
 from app.api.external import Post, acknowledge, has_own_token, is_unsure
 from app.api.formats import JSON, NDJSON, SSE
 from app.api.polling import SnapshotCache, encode_answer
-from app.api.problems import problem_response, refuse
+from app.api.problems import answer_incident, problem_response, refuse
 from app.api.security import DATA_HEADERS, PAGE_HEADERS, Security
 from app.api.service import Service
 from app.api.sse import open_stream
@@ -79,6 +80,11 @@ class Shortcuts:
         except ScanwireError as refusal:
             line.respond(began, _encode_refusal(refusal))
             return
+        except Exception as error:
+            incident = await answer_incident(HTTPConnection(scope), error)
+            assert incident is not None  # which is for WebSockets alone
+            line.respond(began, _encode(incident))
+            return
         if post is None:
             line.wire.repeat_with(partial(line.repeat_poll, client, scan_id))
             line.poll(client, scan_id, fields, began)
@@ -129,11 +135,11 @@ class _Line:
             if body is not None and len(body) <= self.service.settings.max_events_body_bytes:
                 return _Asked(path.split("/")[3], fields, body)
         elif method == "GET" and not scope["query_string"] and b"prefer" not in fields:
-            scan_id, _, rest = path[len(_SCANS) :].partition("/")
+            scan_id, slash, rest = path[len(_SCANS) :].partition("/")
             framing = _FRAMINGS.get(fields.get(b"accept", b"")) if rest == "events" else None
             if self.service.log.find(scan_id) is None:
                 return None
-            if not rest and b"last-event-id" not in fields:
+            if not slash and b"last-event-id" not in fields:
                 return _Asked(scan_id, fields)
             if framing is not None and len(fields) == len(scope["headers"]) and fields.keys().isdisjoint(_OF_A_BODY):
                 return _Asked(scan_id, fields, framing=framing)
@@ -147,7 +153,7 @@ class _Line:
         if isinstance(answer, Response):
             self.respond(began, _encode(answer))
         else:
-            answer.push_ahead(self.wire, _PAGE if framing is STREAM else _DATA)
+            answer.push_ahead(self.wire, (_PAGE if framing is STREAM else _DATA) + self._vary)
             self.service.note_answer(time.perf_counter() - began)
 
     def repeat_poll(self, client: str, scan_id: str, fields: Mapping[bytes, bytes], body: bytes) -> bool:
@@ -204,9 +210,14 @@ class _Line:
         appending.add_done_callback(answer)
         return appending
 
+    @property
+    def _vary(self) -> bytes:
+        """What CORS puts on every answer: a cache must not give this one to a page of an allowed origin."""
+        return b"vary: Origin\r\n" if self.service.settings.allowed_origins else b""
+
     def respond(self, began: float, answer: Answer) -> None:
         status, fields, body = answer
-        self.wire.respond(status, fields, body)
+        self.wire.respond(status, fields + self._vary, body)
         self.service.note_answer(time.perf_counter() - began)
 
 

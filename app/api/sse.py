@@ -120,7 +120,7 @@ class Stream:
             except UnknownScan:  # reaped in this very moment; the client is told when it comes back
                 wire.write(opening)
             else:
-                subscriber.start(opening)
+                self.service.hub.start(subscriber, opening)
                 del head, opening  # it may be open for hours
                 await wire.finished
         await send({"type": "http.response.body", "body": b""})

@@ -90,7 +90,7 @@ async def _serve_pushed(
         service.hub.push(wire, MESSAGES, ends=False, client=client) as subscriber,
         _Dialogue(service, client, subscriber, watched) as dialogue,
     ):
-        subscriber.start(opening)
+        service.hub.start(subscriber, opening)
         del opening  # it may be open for hours
         while True:
             message = await receive()

@@ -18,8 +18,7 @@ from app.push.ring import Ring
 from app.push.subscriber import Pusher, Subscriber, Wire
 
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
-# What is written in one turn of the loop, and how long it may work at it; then others have their turn.
-TURN_WRITES = 512
+TURN_WRITES = 512  # are done in one turn of the loop, or those of so much time; then others have their turn
 TURN_S = 0.004
 
 
@@ -57,8 +56,7 @@ class Hub:
         self.parting = Parting(self._subscribers, log.now_ms)
         self._pushed: Counter[str] = Counter()  # by those who have left
         self._flushes = 0
-        # From the making of the oldest durable event in a flush to the last write, in seconds.
-        self.note_lag: Callable[[float], None] = lambda seconds: None
+        self.note_lag: Callable[[float], None] = lambda seconds: None  # from the oldest event of a flush to its end
         log.listen(self._mark)
 
     # Flushing
@@ -136,19 +134,21 @@ class Hub:
     def pull(self, transport: str) -> Puller:
         """A subscriber that asks. Leaving its block takes it out of every channel."""
         subscriber = Puller(self._log, transport, self._leave, self.note_lag)
-        self._connect(subscriber)
+        self._subscribers.add(subscriber)
+        self.parting.note_connected(subscriber)
         return subscriber
 
     def push(self, wire: Wire, framing: Framing, *, ends: bool, client: str = "") -> Pusher:
         """A subscriber that is written to, for a client. Leaving its block takes it out of every channel."""
         subscriber = Pusher(self._log, wire, framing, left=self._leave, level=self._join, ends=ends, client=client)
         next(self._spokes).add(subscriber)
-        self._connect(subscriber)
+        self._subscribers.add(subscriber)
         return subscriber
 
-    def _connect(self, subscriber: Subscriber) -> None:
-        self._subscribers.add(subscriber)
-        self.parting.note_connected(subscriber)
+    def start(self, pusher: Pusher, opening: bytes) -> None:
+        """The stream begins with `opening`, before which nothing is written, not even a farewell."""
+        pusher.start(opening)
+        self.parting.note_connected(pusher)
 
     def _leave(self, subscriber: Subscriber) -> None:
         self._subscribers.discard(subscriber)

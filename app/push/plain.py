@@ -99,6 +99,11 @@ class PlainAnswers(HttpGuard):
         self._came = data if is_fresh else None  # never that of another request than the one that it begins
         super().take_data(data)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if (send := getattr(self, "_send", None)) is not None:  # uvicorn tells the last one that came, and no other
+            send.__self__.disconnected = True
+        super().connection_lost(exc)
+
     def _is_over(self) -> bool:
         """Whether nothing of the last request is left: no answer, no body that has to be read, and no step of its
         task, which would find it unanswered again. When that ends, uvicorn takes `on_response` away."""
@@ -137,6 +142,7 @@ class PlainAnswers(HttpGuard):
         usual = _encode_usual(tuple(self.server_state.default_headers))
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         cycle.response_started = cycle.chunked_encoding = True
+        self._came = None
         return b"".join((STATUS_LINE[status], usual, fields, b"transfer-encoding: chunked\r\n", end))
 
     def respond(self, status: int, fields: bytes, body: bytes) -> None:
