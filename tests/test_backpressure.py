@@ -260,3 +260,22 @@ async def test_a_download_that_retention_overtakes_never_ends_as_if_it_were_whol
         with pytest.raises((EOFError, ConnectionError)):
             await peer.read_until(b"\r\n0\r\n\r\n")
         assert (await serving.http.get("/v1/scans/s_a/matches")).status_code == 410
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_peer_that_has_sent_another_request_behind_its_stream_and_leaves_is_no_error(
+    tmp_path: Path, sample_prices: Path, capsys: pytest.CaptureFixture[str], run: Any
+) -> None:
+    async def leave() -> None:
+        async with serve(tmp_path, sample_prices) as serving:
+            await add_scan(serving.service.log, "s_a", QUEUED, STARTED)
+            for _ in range(10):
+                async with meet(serving.url) as peer:
+                    request = f"GET /v1/scans/s_a/events HTTP/1.1\r\nHost: {peer.host}\r\n{SSE}\r\n\r\n"
+                    await peer.send(request.encode() * 2)
+                    await asyncio.sleep(0)
+                    peer.reset()
+            await until(lambda: not any(count_held(serving)))
+
+    run(leave())
+    assert "ERROR" not in capsys.readouterr().err  # where uvicorn says them

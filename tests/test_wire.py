@@ -319,20 +319,6 @@ async def test_who_comes_at_a_drain_has_an_answer_first_and_then_the_bye(
             assert closed.value.rcvd.code == 1001
 
 
-async def test_a_peer_that_has_sent_another_request_behind_its_stream_and_leaves_is_no_error(
-    serving: Serving, scan: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    await add_scan(serving.service.log, scan, QUEUED, STARTED)
-    async with meet(serving.url) as peer:
-        await peer.ask(f"/v1/scans/{scan}/events", SSE)
-        await peer.read_head()
-        await peer.ask(f"/v1/scans/{scan}", "Accept: application/json")
-        await until_watched(serving, 1)
-        peer.reset()
-    await until(lambda: not any(count_held(serving)))
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
 # TLS
 
 
