@@ -9,11 +9,15 @@ removed, so a number is never used twice.
 
 import secrets
 import sqlite3
+from collections.abc import Sequence
+from itertools import chain
 
 SCHEMA_VERSION = 2
 OLDER_VERSION = 1  # what is brought up to date when it is opened
 COLUMNS = "n, scan, seq, type, ts, json"
 INSERT_EVENT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+_AT_ONCE = 32  # rows
+_INSERT_SOME = INSERT_EVENT + ", (?, ?, ?, ?, ?, ?)" * (_AT_ONCE - 1)
 _PLACED_N = "(SELECT value FROM meta WHERE key = 'placed_n')"
 _PLACED = "SELECT places.n, places.scan, seq, type, ts, json FROM places JOIN events ON events.n = places.n"
 _OTHERS = f"SELECT {COLUMNS} FROM events WHERE n >"
@@ -88,6 +92,14 @@ def place_events(connection: sqlite3.Connection) -> None:
     connection.execute(
         "UPDATE meta SET value = max(value, (SELECT coalesce(max(n), 0) FROM events)) WHERE key = 'placed_n'"
     )
+
+
+def insert_events(connection: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
+    """Adds rows of COLUMNS. Many go in one statement: each statement lets go of the interpreter, and waits for it."""
+    whole = len(rows) // _AT_ONCE * _AT_ONCE
+    for at in range(0, whole, _AT_ONCE):
+        connection.execute(_INSERT_SOME, tuple(chain.from_iterable(rows[at : at + _AT_ONCE])))
+    connection.executemany(INSERT_EVENT, rows[whole:])
 
 
 def remove_events(connection: sqlite3.Connection, scan: str, but_n: int = 0) -> None:

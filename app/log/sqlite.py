@@ -22,12 +22,12 @@ from app.core.scan import Scan, Skipped
 from app.log.journal import ADVICE, Checkpoint, Kept, Write
 from app.log.lock import StateLock
 from app.log.schema import (
-    INSERT_EVENT,
     OLDER_VERSION,
     READ_BEHIND,
     SCHEMA_VERSION,
     are_placed,
     create,
+    insert_events,
     migrate,
     new_epoch,
     place_events,
@@ -234,7 +234,7 @@ class SqliteJournal:
         connection.execute("BEGIN IMMEDIATE")
         try:
             # Events first, all at once: what trims or removes those of a scan comes after its end.
-            connection.executemany(INSERT_EVENT, rows)
+            insert_events(connection, rows)
             for write in writes:
                 _put_rest(connection, write)
             if is_to_place:
