@@ -436,3 +436,18 @@ async def test_what_is_answered_ahead_of_all_layers_is_answered_as_by_them(
                 await compare(*request)
         for path in (f"/v1/scans/{scan}/", f"{events}/"):
             assert (await read(path, SSE))[0].split()[1] == b"307"  # they are other addresses
+
+
+async def test_what_nobody_foresaw_there_is_an_incident_and_holds_nothing(
+    serving: Serving, scan: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await add_scan(serving.service.log, scan, *WHOLE)
+    async with meet(serving.url) as peer:
+        with monkeypatch.context() as patch:
+            patch.setattr(shortcuts, "open_stream", lambda *_: 1 / 0)
+            await peer.ask(f"/v1/scans/{scan}/events", SSE)
+            status, fields, body = await peer.read_answer()
+        assert (status.split()[1], fields[b"content-type"]) == (b"500", b"application/problem+json")
+        assert json.loads(body)["incident"] in caplog.text
+        await peer.ask(f"/v1/scans/{scan}/events", SSE)
+        assert (await peer.read_answer())[0].split()[1] == b"200"
