@@ -90,4 +90,5 @@ def make_event(
     epoch, n = cursor
     id = f"{epoch}-{n}"
     whole = {"id": id, "scan": scan, "seq": seq, "type": name, "ts": ts, "data": data}
-    return Event(type, scan, seq, n, id, orjson.dumps(whole, default=_take_json), ts)
+    # A copy: orjson writes into 4 KB of new memory, and what is behind the end is lost while the bytes are kept.
+    return Event(type, scan, seq, n, id, bytes(memoryview(orjson.dumps(whole, default=_take_json))), ts)

@@ -73,13 +73,14 @@ class EventLog:
         self._listeners: list[Callable[[str], None]] = []
         self._last_n = 0
         self._appended = 0
+        self._loop: asyncio.AbstractEventLoop  # from `open` on; to ask for the running one is a system call
         self._is_open = False
         self.epoch = ""
         self.shown_n = 0  # everything up to here is committed, or never will be
 
     async def open(self) -> None:
         """Opens the journal and takes up what it holds. Raises JournalUnavailable."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
 
         def committed(writes: Sequence[Write]) -> None:
             loop.call_soon_threadsafe(self._show, writes)
@@ -176,12 +177,11 @@ class EventLog:
         return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint, is_told=is_told))
 
     def _write(self, write: Write) -> "asyncio.Future[Scan]":
-        loop = asyncio.get_running_loop()
         if not self._outbox:
-            loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
+            self._loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
         self._outbox.append(write)
         # Its own: a caller that is cancelled cancels nothing else.
-        write.committed = committed = loop.create_future()
+        write.committed = committed = self._loop.create_future()
         return committed
 
     def _hand_over(self) -> None:
