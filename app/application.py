@@ -57,7 +57,7 @@ STATIC = next(
 )
 # A full collection goes through every open connection: with thousands, each one is a pause that all of them feel. So
 # is a younger one that has let too many new ones gather, as in a storm of connects.
-GC_THRESHOLDS = (2000, 5, 5000)
+GC_THRESHOLDS = (5000, 2, 5000)
 SAMPLE_NAME = "sample.parquet"
 # Before Python 3.12 it depends on the machine; as anything else a script does not get the policy of pages.
 mimetypes.add_type("text/javascript", ".js")
