@@ -139,20 +139,21 @@ class PlainAnswers(HttpGuard):
         """The head of an answer, to be written before anything else. Its body follows in chunks, as
         `app.push.frames.chunk` makes them, and ASGI's `send` ends it."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
-        usual = _encode_usual(tuple(self.server_state.default_headers))
-        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         cycle.response_started = cycle.chunked_encoding = True
         self._came = None
-        return b"".join((STATUS_LINE[status], usual, fields, b"transfer-encoding: chunked\r\n", end))
+        return self._make_head(cycle, status, fields + b"transfer-encoding: chunked\r\n")
 
     def respond(self, status: int, fields: bytes, body: bytes) -> None:
         """The whole answer to the request that is being served, in one write. `fields` are as by `encode_fields`."""
         cycle: RequestResponseCycle = self._send.__self__  # type: ignore[attr-defined]
-        usual = _encode_usual(tuple(self.server_state.default_headers))
-        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         cycle.response_started = cycle.response_complete = True
         if not self.transport.is_closing():
-            self.transport.write(b"".join((STATUS_LINE[status], usual, fields, end, body)))
+            self.transport.write(self._make_head(cycle, status, fields) + body)
             if not cycle.keep_alive:
                 self.transport.close()
         self.on_response_complete()
+
+    def _make_head(self, cycle: RequestResponseCycle, status: int, fields: bytes) -> bytes:
+        usual = _encode_usual(tuple(self.server_state.default_headers))
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        return b"".join((STATUS_LINE[status], usual, fields, end))
