@@ -1,7 +1,6 @@
 """Rules of core: states, folding, cursors, digests, estimates."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -209,7 +208,7 @@ def test_poll_hints_grow_by_a_fifth_while_nothing_changes() -> None:
 
 
 def test_a_record_that_counts_what_a_producer_sent_is_still_read() -> None:
-    scan = replace(make_scan(), producer=Producer(token_hash="0" * 64, seq=3, dropped=2), matches=5)
+    scan = make_scan()._replace(producer=Producer(token_hash="0" * 64, seq=3, dropped=2), matches=5)
     record = orjson.loads(scan.to_record())
     assert Scan.from_record(orjson.dumps(record)) == scan
     del record["producer"]["dropped"]

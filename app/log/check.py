@@ -5,7 +5,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,7 @@ def digest_events(events: Iterable[Event]) -> str:
 
 def forget_events(scan: Scan) -> Scan:
     """The scan as it was submitted, before its first event."""
-    return replace(
-        scan,
+    return scan._replace(
         state=State.QUEUED,
         seq=0,
         n=0,

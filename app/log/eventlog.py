@@ -4,7 +4,7 @@ import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from anyio import to_thread
@@ -171,7 +171,7 @@ class EventLog:
             tip = tip.fold(type_, data, ts, n)
             events.append(make_event(type_, scan_id, tip.seq, data, ts, Cursor(self.epoch, n)))
         if producer is not None:
-            tip = tip.with_producer(producer)
+            tip = tip._replace(producer=producer)
         log.tip, self._last_n = tip, n
         is_told = producer is None
         return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint, is_told=is_told))
@@ -215,7 +215,7 @@ class EventLog:
     async def trim(self, scan_id: str) -> None:
         """Forgets all events of a finished scan but its end."""
         log = self._find(scan_id)
-        log.tip = replace(log.tip, is_trimmed=True)
+        log.tip = log.tip._replace(is_trimmed=True)
         if log.events is None:
             log.shown = log.tip  # first: a reader must not find the journal trimmed and take it for whole
         await self._write(Write(scan=log.tip, trims=True))

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.errors import EventsLost
@@ -97,10 +97,10 @@ class Mending:
         (is_taken,) = self._connection.execute("SELECT count(*) FROM events WHERE n = ?", (scan.n,)).fetchone()
         if is_taken:  # by an event of another scan, if the record is wrong
             self._last_n += 1
-            scan = replace(scan, n=self._last_n)
+            scan = scan._replace(n=self._last_n)
         cursor = Cursor(self._epoch, scan.n)
         self._insert(make_event(EventType.END, scan.id, scan.seq, scan.end or {}, scan.finished_ts or 0, cursor))
-        self._put(replace(scan, is_trimmed=True))
+        self._put(scan._replace(is_trimmed=True))
         return was_trimmed
 
     def _end_as_lost(self, scan: Scan, events: list[Event]) -> None:
@@ -172,8 +172,7 @@ def _is_whole(scan: Scan, events: Sequence[Event], found: dict[int, int], *, may
 def _take_end(scan: Scan, end: Event) -> Scan:
     """The scan as its end tells of it, where the record does not know of that yet."""
     data = end.load_data()
-    return replace(
-        scan,
+    return scan._replace(
         state=State(data["state"]),
         seq=end.seq,
         n=end.n or 0,

@@ -6,7 +6,6 @@ import random
 import shutil
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +59,7 @@ async def fill(path: Path) -> None:
             scan = make_scan(name)
             log.create(scan)
             await log.append(name, QUEUED, *([] if name == "s_queued" else [started(scan)]))
-        outside = replace(make_scan("s_outside"), scanner="external", producer=Producer(token_hash="0" * 64))
+        outside = make_scan("s_outside")._replace(scanner="external", producer=Producer(token_hash="0" * 64))
         log.create(outside)
         await log.append("s_outside", started(outside))
         matches = (EventType.MATCHES, {"chunk": 0, "rows": ROWS})
