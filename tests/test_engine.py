@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Engine:
     async def until(self, is_so: Callable[[], bool]) -> None:
         """Waits for what the log tells."""
         changed = asyncio.Event()
-        self.log.listen(lambda scan_id: changed.set())
+        self.log.listen(lambda scan_ids: changed.set())
         async with asyncio.timeout(60):
             while not is_so():
                 changed.clear()
@@ -148,8 +148,8 @@ async def test_progress_comes_from_chunks_and_never_runs_backwards(tmp_path: Pat
     async with running(tmp_path, sample_prices) as engine:
         seen: list[tuple[int, int]] = []
 
-        def note(scan_id: str) -> None:
-            progress = engine.log.get_progress(scan_id)
+        def note(scan_ids: Sequence[str]) -> None:
+            progress = engine.log.get_progress(scan_ids[0])
             if progress is not None:
                 seen.append((progress.done, progress.matches))
 

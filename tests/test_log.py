@@ -367,7 +367,7 @@ async def test_a_write_without_events_wakes_nobody(tmp_path: Path) -> None:
         log.create(make_scan())
         await log.append("s_test", QUEUED, STARTED)
         told: list[str] = []
-        log.listen(told.append)
+        log.listen(told.extend)
         await log.append("s_test", checkpoint=Checkpoint(chunk=0))
         assert told == []
         await log.append("s_test", found(1))

@@ -79,9 +79,9 @@ def _take_json(value: Any) -> orjson.Fragment:
 
 
 def make_event(
-    type: EventType, scan: str, seq: int, data: Mapping[str, Any], ts: int, cursor: Cursor | None = None
+    type: EventType, scan: str, seq: int, data: Mapping[str, Any], ts: int, cursor: tuple[str, int] | None = None
 ) -> Event:
-    """Encodes one event; without a cursor it has no `id`. Events of the connection belong to no scan: `scan` is ""
+    """Encodes one event; without a `Cursor` it has no `id`. Events of the connection belong to no scan: `scan` is ""
     here and null on the wire."""
     name = str(type)  # orjson takes three times as long for an enum
     if cursor is None:
@@ -91,4 +91,4 @@ def make_event(
     id = f"{epoch}-{n}"
     whole = {"id": id, "scan": scan, "seq": seq, "type": name, "ts": ts, "data": data}
     # A copy: orjson writes into 4 KB of new memory, and what is behind the end is lost while the bytes are kept.
-    return Event(type, scan, seq, n, id, bytes(memoryview(orjson.dumps(whole, default=_take_json))), ts)
+    return Event(type, scan, seq, n, id, b"".join((orjson.dumps(whole, default=_take_json), b"")), ts)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from anyio import to_thread
 
 from app.core.errors import JournalUnavailable, UnknownScan
-from app.core.event import Cursor, Event, EventType, make_event
+from app.core.event import Event, EventType, make_event
 from app.core.scan import Producer, Progress, Scan
 from app.log.journal import ADVICE, Checkpoint, Journal, Kept, Write
 
@@ -70,7 +70,7 @@ class EventLog:
         self._finished: OrderedDict[str, int] = OrderedDict()  # in memory though finished, with their size
         self._finished_bytes = 0
         self._outbox: list[Write] = []  # appended in this turn of the loop
-        self._listeners: list[Callable[[str], None]] = []
+        self._listeners: list[Callable[[Sequence[str]], None]] = []
         self._last_n = 0
         self._appended = 0
         self._loop: asyncio.AbstractEventLoop  # from `open` on; to ask for the running one is a system call
@@ -130,8 +130,8 @@ class EventLog:
                 future.set_exception(JournalUnavailable("The journal was closed before this could be written."))
                 future.exception()  # its caller may be gone; that is no reason for a warning
 
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Calls `listener` with the id of each scan that has something new to read."""
+    def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
+        """Calls `listener` with the ids of scans that have something new to read; one may stand there more than once."""
         self._listeners.append(listener)
 
     @property
@@ -169,7 +169,7 @@ class EventLog:
         for type_, data in parts:
             n += 1
             tip = tip.fold(type_, data, ts, n)
-            events.append(make_event(type_, scan_id, tip.seq, data, ts, Cursor(self.epoch, n)))
+            events.append(make_event(type_, scan_id, tip.seq, data, ts, (self.epoch, n)))
         if producer is not None:
             tip = tip._replace(producer=producer)
         log.tip, self._last_n = tip, n
@@ -210,7 +210,7 @@ class EventLog:
         log.progress_timer = asyncio.get_running_loop().call_later(
             self._progress_every_s, self._show_progress, scan_id, log, log.progress
         )
-        self._tell(scan_id)
+        self._tell([scan_id])
 
     async def trim(self, scan_id: str) -> None:
         """Forgets all events of a finished scan but its end."""
@@ -226,6 +226,7 @@ class EventLog:
         await self._write(Write(scan=log.tip, removes=True))
 
     def _show(self, writes: Sequence[Write]) -> None:
+        changed = []
         for write in writes:
             scan, events = write.scan, write.events
             log = self._logs.get(scan.id)
@@ -252,7 +253,9 @@ class EventLog:
             if write.committed is not None and not write.committed.done():
                 write.committed.set_result(scan)
             if log is not None and (events or write.trims or write.removes):
-                self._tell(scan.id)
+                changed.append(scan.id)
+        if changed:
+            self._tell(changed)
 
     def _keep_in_memory(self, scan_id: str, log: _ScanLog) -> None:
         self._finished[scan_id] = log.size
@@ -265,9 +268,9 @@ class EventLog:
         log = self._logs[scan_id]
         log.events, log.size = None, 0
 
-    def _tell(self, scan_id: str) -> None:
+    def _tell(self, scan_ids: Sequence[str]) -> None:
         for listener in self._listeners:
-            listener(scan_id)
+            listener(scan_ids)
 
     # Reading
 

@@ -1,23 +1,20 @@
-"""Events as bytes on the wire. Each event is framed once for each way in use, and every subscriber gets these bytes."""
+"""Events as bytes on the wire."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from app.core.event import Event, EventType
 
-_CACHED = 16  # events whose frames are at hand; those that catch up together need the same few
 
-
-@lru_cache(maxsize=_CACHED)
 def frame_sse(event: Event) -> bytes:
     """Server-sent event (WHATWG HTML, 9.2). Without an `id:` line for events that have no cursor.
 
     An EventSource heeds the `retry:` of a `bye`, though it may know nothing of that event.
     """
-    id_line = b"" if event.id is None else b"id: %b\n" % event.id.encode()
+    if event.id is not None:
+        return b"event: %b\nid: %b\ndata: %b\n\n" % (event.type.encode(), event.id.encode(), event.json)
     wait = b"\nretry: %d" % event.load_data().get("reconnect_ms", 0) if event.type is EventType.BYE else b""
-    return b"event: %b\n%bdata: %b%b\n\n" % (event.type.encode(), id_line, event.json, wait)
+    return b"event: %b\ndata: %b%b\n\n" % (event.type.encode(), event.json, wait)
 
 
 def frame_ndjson(event: Event) -> bytes:
@@ -25,7 +22,6 @@ def frame_ndjson(event: Event) -> bytes:
     return event.json + b"\n"
 
 
-@lru_cache(maxsize=_CACHED)
 def frame_websocket(event: Event) -> bytes:
     """The whole frame of one WebSocket text message."""
     return frame_message(event.json)

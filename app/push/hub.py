@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -61,10 +61,11 @@ class Hub:
 
     # Flushing
 
-    def _mark(self, scan_id: str) -> None:
-        if (channel := self._channels.get(scan_id)) is not None:
-            self._dirty[scan_id] = channel
-            self._schedule()
+    def _mark(self, scan_ids: Sequence[str]) -> None:
+        for scan_id in scan_ids:
+            if (channel := self._channels.get(scan_id)) is not None:
+                self._dirty[scan_id] = channel
+        self._schedule()
 
     def _schedule(self) -> None:
         if self._dirty and not self._is_scheduled:
