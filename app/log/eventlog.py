@@ -131,7 +131,7 @@ class EventLog:
                 future.exception()  # its caller may be gone; that is no reason for a warning
 
     def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
-        """Calls `listener` with the ids of scans that have something new to read; one may stand there more than once."""
+        """Calls `listener` with the ids of scans that have something new to read, perhaps one twice."""
         self._listeners.append(listener)
 
     @property
