@@ -35,7 +35,7 @@ class MemoryJournal:
     def read(self, scan: str, after: int, max_bytes: int) -> list[Event]:
         events = self._events[scan]
         page: list[Event] = []
-        for event in events[bisect_right(events, after, key=lambda event: event.n or 0) :]:
+        for event in events[bisect_right(events, after, key=lambda event: event.n) :]:
             if page and sum(len(one.json) for one in page) + len(event.json) > max_bytes:
                 break
             page.append(event)

@@ -97,7 +97,7 @@ async def test_seq_has_no_gap_and_n_only_grows_over_all_scans(tmp_path: Path) ->
             await asyncio.gather(log.append("s_a", part), log.append("s_b", part))
         a, b = await log.read("s_a", 0), await log.read("s_b", 0)
     assert [event.seq for event in a] == [event.seq for event in b] == [1, 2, 3, 4]
-    assert sorted(event.n or 0 for event in a + b) == list(range(1, 9))
+    assert sorted(event.n for event in a + b) == list(range(1, 9))
 
 
 async def test_an_event_that_may_not_come_leaves_no_trace(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ async def test_a_page_has_at_least_one_event_and_then_keeps_to_its_size(tmp_path
             await log.append("s_test", QUEUED, STARTED, *[found(5)] * 10, ended(State.COMPLETED))
             sizes, after = [], 0
             while page := await log.read("s_test", after, 500):
-                after = page[-1].n or 0
+                after = page[-1].n
                 sizes.append(sum(len(event.json) for event in page))
                 assert len(page) == 1 or sizes[-1] <= 500
             assert after == 13
@@ -288,7 +288,7 @@ async def test_scans_that_are_active_are_in_memory_after_a_restart_and_finished_
         assert [event.seq for event in events or ()] == list(range(1, 303))
         assert log.read_nowait("s_finished", 0) is None
         await log.append("s_active", found(1))
-        assert [event.seq for event in log.read_nowait("s_active", events[-1].n or 0) or ()] == [303]  # type: ignore[index]
+        assert [event.seq for event in log.read_nowait("s_active", events[-1].n) or ()] == [303]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ async def get_events_page(request: Request, scan_ids: Sequence[str], cursor: Cur
         if wait_s and not _has_durable(batch) and not subscriber.is_done:
             headers["Preference-Applied"] = f"wait={wait_s:g}"
             batch = await _hold(request, subscriber, scan_ids, wait_s) or batch
-        after = max([watch.after for watch in subscriber.watches.values()] + [event.n or 0 for event in batch])
+        after = max([watch.after for watch in subscriber.watches.values()] + [event.n for event in batch])
         is_closed = subscriber.is_done
         scans = [scan for scan_id in scan_ids if (scan := service.log.find(scan_id)) is not None]
         has_more = any(subscriber.watches[scan.id].after < scan.n for scan in scans)

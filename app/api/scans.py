@@ -184,7 +184,7 @@ async def read_matches(service: Service, scan: Scan) -> AsyncIterator[Any]:
         if service.log.get(scan.id).is_trimmed:
             raise Trimmed("The rows went past their retention while they were read. Submit the scan again.")
         for event in events:
-            after = event.n or 0
+            after = event.n
             if after <= scan.n and event.type is EventType.MATCHES:
                 yield event
 

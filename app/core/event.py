@@ -56,13 +56,13 @@ class Cursor(NamedTuple):
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make, and is done for every event
 class Event:
-    """One event, turned into JSON once; it never changes. `n` is its place in the service-wide order; None for
-    ephemeral ones."""
+    """One event, turned into JSON once; it never changes. `n` is its place in the service-wide order; 0 for ephemeral
+    ones."""
 
     type: EventType
     scan: str
     seq: int
-    n: int | None
+    n: int
     id: str | None  # the cursor that stands right behind this event
     json: bytes
     ts: int  # milliseconds since 1970
@@ -86,7 +86,7 @@ def make_event(
     name = str(type)  # orjson takes three times as long for an enum
     if cursor is None:
         whole = {"scan": scan or None, "seq": seq, "type": name, "ts": ts, "data": data}
-        return Event(type, scan, seq, None, None, orjson.dumps(whole, default=_take_json), ts)
+        return Event(type, scan, seq, 0, None, orjson.dumps(whole, default=_take_json), ts)
     epoch, n = cursor
     id = f"{epoch}-{n}"
     whole = {"id": id, "scan": scan, "seq": seq, "type": name, "ts": ts, "data": data}

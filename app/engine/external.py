@@ -98,7 +98,7 @@ class Producers:
         work = self._works[scan.id] = self._make_work(scan)
         after = 0
         while events := await self._log.read(scan.id, after):
-            after = events[-1].n or 0
+            after = events[-1].n
             for event in events:
                 for row in event.load_data()["rows"] if event.type is EventType.MATCHES else ():
                     line = canonical_row(row) + b"\n"

@@ -320,7 +320,7 @@ class Runner:
         found: list[Rows] = []
         after = 0
         while not run.is_counted and (events := await self._log.read(run.scan_id, after)):
-            after = events[-1].n or 0
+            after = events[-1].n
             for event in events:
                 if event.type is EventType.MATCHES:
                     found.append(pack_rows(event.load_data()["rows"]))

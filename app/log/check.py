@@ -103,7 +103,7 @@ def _find_problems(connection: sqlite3.Connection, findings: Findings) -> Iterat
                 yield f"scan {id}: the event with number {row[0]} cannot be read ({error})"
                 continue
             events.append(event)
-            if event.id != f"{epoch}-{event.n}" or (event.n or 0) <= 0:
+            if event.id != f"{epoch}-{event.n}" or event.n <= 0:
                 yield f"scan {id}: event {event.seq} has the cursor {event.id}, which was never given out"
         scan = records.pop(id, None)
         if scan is None:
@@ -202,7 +202,7 @@ def forget_events(scan: Scan) -> Scan:
 def fold_on(scan: Scan, events: Iterable[Event]) -> Scan:
     """The scan after these events too. Raises WrongState."""
     for event in events:
-        scan = scan.fold(event.type, event.load_data(), event.ts, event.n or 0)
+        scan = scan.fold(event.type, event.load_data(), event.ts, event.n)
     return scan
 
 

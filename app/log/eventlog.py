@@ -102,8 +102,8 @@ class EventLog:
                     raise JournalUnavailable(
                         f"The journal is damaged: event {seq} of scan {scan.id} is missing. {ADVICE}"
                     )
-                if (event.n or 0) > scan.n:
-                    scan = scan.fold(event.type, event.load_data(), event.ts, event.n or 0)
+                if event.n > scan.n:
+                    scan = scan.fold(event.type, event.load_data(), event.ts, event.n)
             log = self._logs[scan.id] = _ScanLog(scan, scan)
             log.events, log.size = events, sum(len(event.json) for event in events or ())
             if events is not None:  # now: what cannot be read stops the start, and not a scan under way
@@ -111,7 +111,7 @@ class EventLog:
 
     def _read_all(self, scan_id: str) -> list[Event]:
         events: list[Event] = []
-        while page := self._journal.read(scan_id, (events[-1].n or 0) if events else 0, READ_BYTES):
+        while page := self._journal.read(scan_id, events[-1].n if events else 0, READ_BYTES):
             events += page
         return events
 
@@ -344,9 +344,9 @@ class EventLog:
         if log.events is None:
             return None
         events = log.events
-        if len(events) == 1 or (len(events) > 1 and (events[-2].n or 0) <= after):
+        if len(events) == 1 or (len(events) > 1 and events[-2].n <= after):
             return events[-1:]  # the most common question: only the last one is new, as `shown.n` says
-        low = bisect_right(events, after, key=lambda event: event.n or 0)
+        low = bisect_right(events, after, key=lambda event: event.n)
         stop, size = low, 0
         while stop < len(events) and (size == 0 or size + len(events[stop].json) <= max_bytes):
             size += len(events[stop].json)

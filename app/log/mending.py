@@ -175,7 +175,7 @@ def _take_end(scan: Scan, end: Event) -> Scan:
     return scan._replace(
         state=State(data["state"]),
         seq=end.seq,
-        n=end.n or 0,
+        n=end.n,
         matches=data.get("matches", 0),
         finished_ts=end.ts,
         end=data,

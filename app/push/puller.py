@@ -67,5 +67,5 @@ class Puller(Subscriber):
         """These events were handed to the transport just now."""
         self.pushed += len(batch)
         # What happened before it came is history, and says nothing about how fast events are pushed.
-        if batch[-1].n is not None and batch[-1].ts >= self._since_ms:
+        if batch[-1].n and batch[-1].ts >= self._since_ms:
             self._note_lag((self._log.now_ms() - batch[-1].ts) / 1000)

@@ -83,14 +83,14 @@ class Reader:
                 return None
             if page:
                 pages.append(page)
-                if scan is not None and (last := page[-1].n or 0) < scan.n:
+                if scan is not None and (last := page[-1].n) < scan.n:
                     horizon = min(horizon, last)
         batch, size = self._take_resets(), 0
-        for event in pages[0] if len(pages) == 1 else merge(*pages, key=lambda event: event.n or 0):
+        for event in pages[0] if len(pages) == 1 else merge(*pages, key=lambda event: event.n):
             size += len(event.json)
-            if (event.n or 0) > horizon or (size > self.page_bytes and batch):
+            if event.n > horizon or (size > self.page_bytes and batch):
                 return batch
-            self.watches[event.scan].after = event.n or 0
+            self.watches[event.scan].after = event.n
             batch.append(event)
         return batch + self._take_progress()
 
@@ -102,10 +102,10 @@ class Reader:
         if page is not None or watch.page is None:
             return page
         fetched, watch.page = watch.page, None
-        if fetched and (fetched[-1].n or 0) <= watch.after:
+        if fetched and fetched[-1].n <= watch.after:
             return None
         watch.page = fetched or None
-        return [event for event in fetched if (event.n or 0) > watch.after]
+        return [event for event in fetched if event.n > watch.after]
 
     @property
     def _share(self) -> int:
@@ -115,7 +115,7 @@ class Reader:
     async def fetch(self) -> None:
         """Reads what `read_nowait` lacks from the journal."""
         for scan_id, watch in list(self.watches.items()):
-            if watch.page and (watch.page[-1].n or 0) > watch.after:
+            if watch.page and watch.page[-1].n > watch.after:
                 continue  # its turn has not come yet
             with contextlib.suppress(UnknownScan):
                 if self._log.read_nowait(scan_id, watch.after) is None:

@@ -104,7 +104,7 @@ def compare(before: Kept, after: Kept, salvaged: Salvaged) -> None:
         was, events = before.scans[id], after.events[id]
         told = [(event.type, event.seq, event.n, event.load_data()) for event in before.events[id]]
         tells = [(event.type, event.seq, event.n, event.load_data()) for event in events]
-        assert all(event.json.startswith(b'{"id":"%s-%d",' % (after.epoch.encode(), event.n or 0)) for event in events)
+        assert all(event.json.startswith(b'{"id":"%s-%d",' % (after.epoch.encode(), event.n)) for event in events)
         if was.end is not None:
             assert (scan.state, scan.end) == (was.state, was.end)
             assert tells in (told, told[-1:])
