@@ -20,6 +20,7 @@ from app.push.subscriber import Pusher, Subscriber, Wire
 SPOKES = 16  # of the wheel of heartbeats: so many parts of the subscribers have theirs at different times
 TURN_WRITES = 512  # are done in one turn of the loop, or those of so much time; then others have their turn
 TURN_S = 0.004
+FEW_WRITES = 16  # need no look at the clock
 
 
 class HubStatistics(NamedTuple):
@@ -97,10 +98,10 @@ class Hub:
 
     def _push(self, dirty: Mapping[str, Channel]) -> Iterator[int]:
         """Tells everybody what is new in these channels. Yields now and then, with the number of writes since."""
-        log = self._log
+        writes = 0
         for scan_id, channel in dirty.items():
             after, told = channel.after, channel.progress
-            scan, events, progress = log.look(scan_id, after)
+            scan, events, progress = self._log.look(scan_id, after)
             batch = events or []
             if scan is not None:
                 channel.after = scan.n
@@ -109,26 +110,30 @@ class Hub:
             # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
             is_last = scan is None or scan.state.is_terminal
-            frames: dict[Framing, bytes] = {}
+            framing, frames = None, b""
             woken: list[Subscriber] = []
             for block in tuple(channel.blocks):
                 if block.after != after or block.progress is not told:
                     continue  # who has joined meanwhile is level with what is new
                 if is_whole:
-                    if block.framing not in frames:
-                        frames[block.framing] = block.framing.encode(batch)
-                    block.tell(frames[block.framing], len(batch), channel.after, channel.progress, self._ring)
+                    if block.framing is not framing:
+                        framing = block.framing
+                        frames = framing.encode(batch)
+                    block.tell(frames, len(batch), channel.after, channel.progress, self._ring)
                 if is_last or not is_whole:
                     woken += block.members
-                yield len(block.members)
+                writes += len(block.members)
+                if writes >= FEW_WRITES:
+                    yield writes
+                    writes = 0
             if channel.readers or woken:
                 for place, subscriber in enumerate((*channel.readers, *woken), 1):
                     subscriber.wake()
                     if place % BLOCK == 0:
                         yield BLOCK
                 yield BLOCK
-            if frames and events:
-                self._oldest_ts = min(self._oldest_ts or events[0].ts, events[0].ts)
+            if framing is not None and events and (self._oldest_ts is None or events[0].ts < self._oldest_ts):
+                self._oldest_ts = events[0].ts
 
     # Subscribers
 
