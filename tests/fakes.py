@@ -27,7 +27,7 @@ class MemoryJournal:
     def submit(self, writes: Sequence[Write]) -> None:
         for write in writes:
             events = self._events.setdefault(write.scan.id, [])
-            if write.trims:
+            if write.forgets == "events":
                 events[:] = [event for event in events if event.type is EventType.END]
             events += write.events
             self._committed([write])

@@ -72,7 +72,7 @@ class EventLog:
         self._outbox: list[Write] = []  # appended in this turn of the loop
         self._listeners: list[Callable[[Sequence[str]], None]] = []
         self._last_n = 0
-        self._appended = 0
+        self._found_n = 0  # the last one when the journal was opened
         self._loop: asyncio.AbstractEventLoop  # from `open` on; to ask for the running one is a system call
         self._is_open = False
         self.epoch = ""
@@ -94,7 +94,8 @@ class EventLog:
         self._is_open = True
 
     async def _take_up(self, kept: Kept) -> None:
-        self.epoch, self._last_n, self.shown_n = kept.epoch, kept.last_n, kept.last_n
+        self.epoch = kept.epoch
+        self._last_n = self._found_n = self.shown_n = kept.last_n
         for scan in sorted(kept.scans, key=lambda scan: (scan.created_ts, scan.id)):
             events = None if scan.state.is_terminal else await to_thread.run_sync(self._read_all, scan.id)
             for seq, event in enumerate(events or (), 1):
@@ -121,12 +122,13 @@ class EventLog:
         self._hand_over()
         left = await to_thread.run_sync(self._journal.close)
         await asyncio.sleep(0)  # let the last commits be shown first
-        waiting = [write.committed for write in left] + [log.accepted for log in self._logs.values()]
+        waiting = [write.committed for write in left]
+        waiting += [log.accepted for log in self._logs.values() if log.accepted is not None]
         for log in self._logs.values():
             if log.progress_timer is not None:
                 log.progress_timer.cancel()
         for future in waiting:
-            if future is not None and not future.done():
+            if not future.done():
                 future.set_exception(JournalUnavailable("The journal was closed before this could be written."))
                 future.exception()  # its caller may be gone; that is no reason for a warning
 
@@ -163,9 +165,7 @@ class EventLog:
         if not self._is_open:
             raise JournalUnavailable("The log is closed.")
         log = self._find(scan_id)
-        tip, events = log.tip, []
-        ts = self.now_ms()
-        n = self._last_n
+        tip, n, ts, events = log.tip, self._last_n, self.now_ms(), []
         for type_, data in parts:
             n += 1
             tip = tip.fold(type_, data, ts, n)
@@ -173,16 +173,14 @@ class EventLog:
         if producer is not None:
             tip = tip._replace(producer=producer)
         log.tip, self._last_n = tip, n
-        is_told = producer is None
-        return self._write(Write(scan=tip, events=tuple(events), checkpoint=checkpoint, is_told=is_told))
+        # The future is its own: a caller that is cancelled cancels nothing else.
+        return self._write(Write(tip, events, self._loop.create_future(), checkpoint, is_told=producer is None))
 
     def _write(self, write: Write) -> "asyncio.Future[Scan]":
         if not self._outbox:
             self._loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
         self._outbox.append(write)
-        # Its own: a caller that is cancelled cancels nothing else.
-        write.committed = committed = self._loop.create_future()
-        return committed
+        return write.committed
 
     def _hand_over(self) -> None:
         if self._outbox:
@@ -218,42 +216,42 @@ class EventLog:
         log.tip = log.tip._replace(is_trimmed=True)
         if log.events is None:
             log.shown = log.tip  # first: a reader must not find the journal trimmed and take it for whole
-        await self._write(Write(scan=log.tip, trims=True))
+        await self._write(Write(log.tip, (), self._loop.create_future(), forgets="events"))
 
     async def remove(self, scan_id: str) -> None:
         """Forgets a finished scan."""
         log = self._find(scan_id)
-        await self._write(Write(scan=log.tip, removes=True))
+        await self._write(Write(log.tip, (), self._loop.create_future(), forgets="scan"))
 
     def _show(self, writes: Sequence[Write]) -> None:
         changed = []
         for write in writes:
-            scan, events = write.scan, write.events
+            scan = write.scan
             log = self._logs.get(scan.id)
             if log is not None:  # else removed again by one who did not wait for the first time
                 log.shown = scan
-                if log.accepted is not None and not log.accepted.done():
+                if log.accepted is not None:
                     log.accepted.set_result(scan)
-                if write.trims or write.removes:
-                    self._forget(scan.id)
-                    if write.removes:
-                        del self._logs[scan.id]
-                elif log.events is not None:
-                    log.events += events
-                    for event in events:
-                        log.size += len(event.json)
+                    log.accepted = None
+                if events := write.events:
+                    self.shown_n = scan.n
+                    if log.events is not None:
+                        log.events += events
+                        for event in events:
+                            log.size += len(event.json)
+                    if scan.state.is_terminal:
+                        log.progress_event = None
+                        self._keep_in_memory(scan.id, log)
+                    changed.append(scan.id)
                 if write.checkpoint is not None and log.checkpoints is not None:
                     log.checkpoints.append(write.checkpoint)
-                self._appended += len(events)
-                if scan.n > self.shown_n:
-                    self.shown_n = scan.n
-                if events and scan.state.is_terminal:
-                    log.progress_event = None
-                    self._keep_in_memory(scan.id, log)
-            if write.committed is not None and not write.committed.done():
+                if write.forgets is not None:
+                    self._forget(scan.id)
+                    if write.forgets == "scan":
+                        del self._logs[scan.id]
+                    changed.append(scan.id)
+            if not write.committed.done():
                 write.committed.set_result(scan)
-            if log is not None and (events or write.trims or write.removes):
-                changed.append(scan.id)
         if changed:
             self._tell(changed)
 
@@ -341,10 +339,10 @@ class EventLog:
         shown = log.shown
         if shown is None or shown.n <= after:
             return []
-        if log.events is None:
-            return None
         events = log.events
-        if len(events) == 1 or (len(events) > 1 and events[-2].n <= after):
+        if events is None:
+            return None
+        if len(events) < 2 or events[-2].n <= after:
             return events[-1:]  # the most common question: only the last one is new, as `shown.n` says
         low = bisect_right(events, after, key=lambda event: event.n)
         stop, size = low, 0
@@ -369,4 +367,4 @@ class EventLog:
         return list(checkpoints)
 
     def statistics(self) -> LogStatistics:
-        return LogStatistics(len(self._logs), self._appended, self._finished_bytes, self.fault)
+        return LogStatistics(len(self._logs), self.shown_n - self._found_n, self._finished_bytes, self.fault)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from app.core.event import Event
 from app.core.scan import Scan, Skipped
@@ -24,7 +24,7 @@ class Checkpoint:
     skipped: tuple[Skipped, ...] = ()
 
 
-@dataclass(slots=True, kw_only=True, eq=False)  # not frozen, as events are not
+@dataclass(slots=True, eq=False)  # not frozen, as events are not
 class Write:
     """What becomes durable together: some events of one scan, the scan after them, and perhaps a checkpoint.
 
@@ -32,12 +32,11 @@ class Write:
     """
 
     scan: Scan
-    events: tuple[Event, ...] = ()
+    events: Sequence[Event]
+    committed: "asyncio.Future[Scan]"  # the log's own, and given to nobody else
     checkpoint: Checkpoint | None = None
     is_told: bool = True  # whether the events tell all that is new in the scan
-    trims: bool = False  # forget all events but the end, and the checkpoints
-    removes: bool = False  # forget the scan
-    committed: "asyncio.Future[Scan] | None" = None  # the log's own, and given to nobody else
+    forgets: Literal["events", "scan"] | None = None  # "events": all but the end, and the checkpoints
 
 
 class Kept(NamedTuple):

@@ -233,7 +233,7 @@ class SqliteJournal:
         is_to_place = unplaced >= _PLACE_EVENTS
         connection.execute("BEGIN IMMEDIATE")
         try:
-            # Events first, all at once: what trims or removes those of a scan comes after its end.
+            # Events first, all at once: what forgets those of a scan comes after its end.
             insert_events(connection, rows)
             for write in writes:
                 _put_rest(connection, write)
@@ -352,9 +352,9 @@ def _can_be_folded(write: Write) -> bool:
 def _put_rest(connection: sqlite3.Connection, write: Write) -> None:
     """What a write holds beside its events."""
     scan = write.scan
-    if write.trims or write.removes:
-        remove_events(connection, scan.id, but_n=0 if write.removes else scan.n)  # its end is its last
-    if write.removes:
+    if write.forgets is not None:
+        remove_events(connection, scan.id, but_n=0 if write.forgets == "scan" else scan.n)  # its end is its last
+    if write.forgets == "scan":
         connection.execute("DELETE FROM scans WHERE id = ?", (scan.id,))
         return
     if not _can_be_folded(write):
