@@ -224,19 +224,23 @@ class SqliteJournal:
         self.fault = self._damage or f"The journal cannot be written ({error}, {name})."
 
     def _commit(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
-        rows = [
-            (event.n, event.scan, event.seq, str(event.type), event.ts, event.json)
-            for write in writes
-            for event in write.events
-        ]
+        rows, rest = [], []
+        for write in writes:
+            is_folded = write.is_told and len(write.events) > 0
+            for event in write.events:
+                rows.append((event.n, event.scan, event.seq, str(event.type), event.ts, event.json))
+                # These make the same of a scan whenever they are read: its record need not be written with each.
+                is_folded = is_folded and event.type is _MATCHES
+            if not is_folded or write.checkpoint is not None:
+                rest.append((write, is_folded))
         unplaced = self._unplaced + len(rows)
         is_to_place = unplaced >= _PLACE_EVENTS
         connection.execute("BEGIN IMMEDIATE")
         try:
             # Events first, all at once: what forgets those of a scan comes after its end.
             insert_events(connection, rows)
-            for write in writes:
-                _put_rest(connection, write)
+            for write, is_folded in rest:
+                _put_rest(connection, write, is_folded)
             if is_to_place:
                 place_events(connection)
             if not self._is_noted:
@@ -339,25 +343,15 @@ def read_boot_id() -> str:
         return secrets.token_hex(16)
 
 
-def _can_be_folded(write: Write) -> bool:
-    """Matches make the same of a scan whenever they are read, so its record need not be written with each of them."""
-    if not write.is_told:
-        return False
-    for event in write.events:  # not `all`, which takes twice as long, for every write
-        if event.type is not _MATCHES:
-            return False
-    return bool(write.events)
-
-
-def _put_rest(connection: sqlite3.Connection, write: Write) -> None:
-    """What a write holds beside its events."""
+def _put_rest(connection: sqlite3.Connection, write: Write, is_folded: bool) -> None:
+    """What a write holds beside its events, but not what its scan is when that can be folded from them."""
     scan = write.scan
     if write.forgets is not None:
         remove_events(connection, scan.id, but_n=0 if write.forgets == "scan" else scan.n)  # its end is its last
     if write.forgets == "scan":
         connection.execute("DELETE FROM scans WHERE id = ?", (scan.id,))
         return
-    if not _can_be_folded(write):
+    if not is_folded:
         connection.execute("INSERT OR REPLACE INTO scans (id, record) VALUES (?, ?)", (scan.id, scan.to_record()))
     if write.checkpoint is not None:
         skipped = orjson.dumps([asdict(one) for one in write.checkpoint.skipped])
