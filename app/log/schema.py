@@ -16,8 +16,7 @@ SCHEMA_VERSION = 2
 OLDER_VERSION = 1  # what is brought up to date when it is opened
 COLUMNS = "n, scan, seq, type, ts, json"
 INSERT_EVENT = f"INSERT INTO events ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
-_AT_ONCE = 32  # rows
-_INSERT_SOME = INSERT_EVENT + ", (?, ?, ?, ?, ?, ?)" * (_AT_ONCE - 1)
+_INSERT_SOME = [INSERT_EVENT + ", (?, ?, ?, ?, ?, ?)" * (2**power - 1) for power in range(8)]
 _PLACED_N = "(SELECT value FROM meta WHERE key = 'placed_n')"
 _PLACED = "SELECT places.n, places.scan, seq, type, ts, json FROM places JOIN events ON events.n = places.n"
 _OTHERS = f"SELECT {COLUMNS} FROM events WHERE n >"
@@ -95,11 +94,13 @@ def place_events(connection: sqlite3.Connection) -> None:
 
 
 def insert_events(connection: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
-    """Adds rows of COLUMNS. Many go in one statement: each statement lets go of the interpreter, and waits for it."""
-    whole = len(rows) // _AT_ONCE * _AT_ONCE
-    for at in range(0, whole, _AT_ONCE):
-        connection.execute(_INSERT_SOME, tuple(chain.from_iterable(rows[at : at + _AT_ONCE])))
-    connection.executemany(INSERT_EVENT, rows[whole:])
+    """Adds rows of COLUMNS, in as few statements as powers of two allow: each one lets go of the interpreter, and
+    waits for it."""
+    at = 0
+    while left := len(rows) - at:
+        power = min(left.bit_length(), len(_INSERT_SOME)) - 1
+        connection.execute(_INSERT_SOME[power], tuple(chain.from_iterable(rows[at : at + 2**power])))
+        at += 2**power
 
 
 def remove_events(connection: sqlite3.Connection, scan: str, but_n: int = 0) -> None:
