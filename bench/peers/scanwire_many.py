@@ -46,14 +46,15 @@ async def open_scan(log: EventLog, scan_id: str) -> None:
 async def produce(log: EventLog, scan_ids: list[str], rate: float, events: int, row_bytes: int) -> None:
     """Appends the events of all scans, each at its time: one scan after another, `rate` rounds in a second."""
     pad = orjson.loads(make_event(0, row_bytes))["pad"]
-    start, step = time.monotonic() + 0.1, 1 / rate / len(scan_ids)
+    start, per_ms = time.monotonic() + 0.1, max(round(rate * len(scan_ids) / 1000), 1)
     for number in range(events):
-        for place, scan_id in enumerate(scan_ids):
-            due = start + number / rate + place * step
-            if (early_s := due - time.monotonic()) > 0.001:  # the loop's timers know whole milliseconds
+        for place in range(0, len(scan_ids), per_ms):  # the loop's timers know whole milliseconds
+            early_s = start + (number + place / len(scan_ids)) / rate - time.monotonic()
+            if early_s > 0:
                 await asyncio.sleep(early_s)
-            row = {"t": f"@{time.monotonic_ns():016d}", "pad": pad}
-            appended = log.append_nowait(scan_id, (EventType.MATCHES, {"chunk": number, "rows": [row]}))
+            for scan_id in scan_ids[place : place + per_ms]:
+                row = {"t": f"@{time.monotonic_ns():016d}", "pad": pad}
+                appended = log.append_nowait(scan_id, (EventType.MATCHES, {"chunk": number, "rows": [row]}))
         await appended  # what was appended before is committed before
 
 
