@@ -171,6 +171,7 @@ class Pushing(RuleBasedStateMachine):
         self.patch.setattr(eventlog_module, "to_thread", TurnedThreads)
         self.patch.setattr(reader_module, "READ_BYTES", page)
         self.patch.setattr(channel_module, "BLOCK", 2)
+        self.patch.setattr(hub_module, "FEW_WRITES", 1)
         self.patch.setattr(hub_module, "TURN_S", -1.0)  # each turn of the loop writes to one block, or a few readers
         self.loop = asyncio.new_event_loop()
         self.log: EventLog = make_log(memory_bytes)

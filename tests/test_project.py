@@ -51,6 +51,11 @@ def test_no_file_is_past_400_lines() -> None:
     assert long == {}
 
 
+def test_the_push_path_is_short_enough_to_be_read() -> None:
+    files = [ROOT / "app/push" / f"{name}.py" for name in ("wire", "hub", "subscriber", "frames")]
+    assert sum(len(file.read_text().splitlines()) for file in files) < 600
+
+
 def test_the_readme_has_one_line_to_start_and_one_to_test_and_the_gate_runs_that_one() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     start = [line for line in lines if line.endswith("scanwire demo") and "pip install" in line]

@@ -53,6 +53,12 @@ def test_a_scan_is_what_its_events_made_of_it() -> None:
     assert (scan.started_ts, scan.finished_ts, scan.position) == (20, 50, None)
 
 
+def test_matches_change_their_count_and_the_place_in_the_log_and_nothing_else() -> None:
+    scan = fold_all(QUEUED, STARTED)
+    type_, data = found(3)
+    assert scan.fold(type_, data, 99, 7) == scan._replace(matches=3, seq=3, n=7)
+
+
 def test_a_scan_survives_its_record() -> None:
     for parts in ([QUEUED], [QUEUED, STARTED, found(1)], [QUEUED, ended(State.LOST)]):
         scan = fold_all(*parts)

@@ -42,7 +42,7 @@ class _ScanLog:
         self.progress_ts = 0  # when it came, in milliseconds since 1970
         self.progress_event: Event | None = None  # the one that is shown
         self.progress_timer: asyncio.TimerHandle | None = None  # until the next one may be shown
-        self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit
+        self.accepted: asyncio.Future[Scan] | None = None  # done with the first commit, and None from then on
 
 
 class LogStatistics(NamedTuple):

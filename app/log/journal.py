@@ -33,7 +33,7 @@ class Write:
 
     scan: Scan
     events: Sequence[Event]
-    committed: "asyncio.Future[Scan]"  # the log's own, and given to nobody else
+    committed: "asyncio.Future[Scan]"  # its own; a caller that is cancelled may have cancelled it
     checkpoint: Checkpoint | None = None
     is_told: bool = True  # whether the events tell all that is new in the scan
     forgets: Literal["events", "scan"] | None = None  # "events": all but the end, and the checkpoints

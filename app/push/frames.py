@@ -1,4 +1,4 @@
-"""Events as bytes on the wire."""
+"""Events as bytes on the wire. In a flush each is framed once for each way in use."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

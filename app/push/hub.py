@@ -102,27 +102,24 @@ class Hub:
         for scan_id, channel in dirty.items():
             after, told = channel.after, channel.progress
             scan, events, progress = self._log.look(scan_id, after)
-            batch = events or []
-            if scan is not None:
-                channel.after = scan.n
+            batch, is_last = events or [], scan is None or scan.state.is_terminal
+            channel.after = after if scan is None else scan.n
             if progress is not None and progress is not told:
                 channel.progress, batch = progress, [*batch, progress]
             # Frames hold all that is new since the last flush; else everyone reads for themselves, page by page.
             is_whole = bool(batch) and events is not None and (events[-1].n if events else after) == channel.after
-            is_last = scan is None or scan.state.is_terminal
-            framing, frames = None, b""
+            frames: dict[Framing, bytes] = {}
             woken: list[Subscriber] = []
             for block in tuple(channel.blocks):
                 if block.after != after or block.progress is not told:
                     continue  # who has joined meanwhile is level with what is new
+                writes += len(block.members)
                 if is_whole:
-                    if block.framing is not framing:
-                        framing = block.framing
-                        frames = framing.encode(batch)
-                    block.tell(frames, len(batch), channel.after, channel.progress, self._ring)
+                    if block.framing not in frames:
+                        frames[block.framing] = block.framing.encode(batch)
+                    block.tell(frames[block.framing], len(batch), channel.after, channel.progress, self._ring)
                 if is_last or not is_whole:
                     woken += block.members
-                writes += len(block.members)
                 if writes >= FEW_WRITES:
                     yield writes
                     writes = 0
@@ -132,7 +129,7 @@ class Hub:
                     if place % BLOCK == 0:
                         yield BLOCK
                 yield BLOCK
-            if framing is not None and events and (self._oldest_ts is None or events[0].ts < self._oldest_ts):
+            if frames and events and (self._oldest_ts is None or events[0].ts < self._oldest_ts):
                 self._oldest_ts = events[0].ts
 
     # Subscribers

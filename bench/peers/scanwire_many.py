@@ -44,7 +44,7 @@ async def open_scan(log: EventLog, scan_id: str) -> None:
 
 
 async def produce(log: EventLog, scan_ids: list[str], rate: float, events: int, row_bytes: int) -> None:
-    """Appends the events of all scans, each at its time: one scan after another, `rate` rounds in a second."""
+    """Appends the events of all scans, one after another, `rate` rounds in a second: in each millisecond its part."""
     pad = orjson.loads(make_event(0, row_bytes))["pad"]
     start, per_ms = time.monotonic() + 0.1, max(round(rate * len(scan_ids) / 1000), 1)
     for number in range(events):
