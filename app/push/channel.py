@@ -2,7 +2,7 @@
 
 import asyncio
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import call
 
 from app.core.event import Event
@@ -15,41 +15,13 @@ BLOCK = 512  # pushers in a block at most
 RING_MIN = 16  # writes; what a ring costs by itself is saved by so many
 
 
-class _Outlets:
-    """Transports that are written to together."""
-
-    __slots__ = ("_are_closing", "_fds", "_ring", "_transports")
-
-    def __init__(self, transports: Iterable[asyncio.WriteTransport], ring: Ring | None) -> None:
-        self._transports = tuple(transports)
-        self._are_closing = [transport.is_closing for transport in self._transports]
-        self._ring: Ring | None = None
-        if ring is not None and len(self._transports) >= RING_MIN:
-            fds = [find_fd(transport) for transport in self._transports]
-            if min(fds) >= 0:
-                self._ring, self._fds = ring, array("I", fds)
-
-    def write(self, data: bytes) -> None:
-        """To all that are not closing: behind a farewell nothing may come. With a ring in one system call."""
-        if self._ring is None or any(map(call, self._are_closing)):
-            for transport in self._transports:
-                if not transport.is_closing():
-                    transport.write(data)
-            return
-        taken = self._ring.send(self._fds, data)
-        if taken.count(len(data)) < len(taken):
-            for transport, size in zip(self._transports, taken, strict=True):
-                if size < len(data):
-                    transport.write(data[max(size, 0) :])
-
-
 class Block:
     """Some pushers that have read one scan equally far: what is new for one is new for all.
 
     Where they stand is known here, and not by each of them, so that to write to one costs little more than the write.
     """
 
-    __slots__ = ("_outlets", "_parted", "after", "framing", "members", "progress", "pushed")
+    __slots__ = ("_parted", "_ringed", "_transports", "after", "framing", "members", "progress", "pushed")
 
     def __init__(
         self, framing: Framing, after: int, progress: Event | None, parted: Callable[["Block", Pusher], None]
@@ -59,12 +31,14 @@ class Block:
         self.progress = progress
         self.pushed = 0  # events given to each member
         self.members: set[Pusher] = set()
-        self._outlets: _Outlets | None = None  # of the members, once they are written to
         self._parted = parted
+        # Of the members, once they are written to.
+        self._transports: tuple[asyncio.WriteTransport, ...] | None = None
+        self._ringed: tuple[array[int], list[Callable[[], bool]]] | None = None  # their files, and `is_closing`
 
     def join(self, pusher: Pusher) -> None:
         self.members.add(pusher)
-        self._outlets = None
+        self._transports = self._ringed = None
         pusher.block = self
         pusher.pushed -= self.pushed
         transport = pusher.wire.transport
@@ -72,17 +46,36 @@ class Block:
             transport.set_write_buffer_limits(high=0)  # one that holds anything parts, so that nothing is overtaken
 
     def tell(self, data: bytes, count: int, after: int, progress: Event | None, ring: Ring | None) -> None:
-        """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them."""
+        """Writes so many events to all of them, in one go: who parts meanwhile, since that was too much, has them.
+
+        Not to those that are closing: behind a farewell nothing may come. With a ring it takes one system call.
+        """
         self.after, self.progress = after, progress
         self.pushed += count
-        if self._outlets is None:
-            self._outlets = _Outlets((pusher.wire.transport for pusher in self.members), ring)
-        self._outlets.write(data)
+        transports = self._transports or self._find_transports(ring)
+        if ring is None or self._ringed is None or any(map(call, self._ringed[1])):
+            for transport in transports:
+                if not transport.is_closing():
+                    transport.write(data)
+            return
+        taken = ring.send(self._ringed[0], data)
+        if taken.count(len(data)) < len(taken):
+            for transport, size in zip(transports, taken, strict=True):
+                if size < len(data):
+                    transport.write(data[max(size, 0) :])
+
+    def _find_transports(self, ring: Ring | None) -> tuple[asyncio.WriteTransport, ...]:
+        self._transports = transports = tuple(pusher.wire.transport for pusher in self.members)
+        if ring is not None and len(transports) >= RING_MIN:
+            fds = [find_fd(transport) for transport in transports]
+            if min(fds) >= 0:
+                self._ringed = array("I", fds), [transport.is_closing for transport in transports]
+        return transports
 
     def part(self, pusher: Pusher) -> None:
         """From now on it stands for itself, right here."""
         self.members.remove(pusher)
-        self._outlets = None
+        self._transports = self._ringed = None
         pusher.block = None
         pusher.pushed += self.pushed
         (watch,) = pusher.watches.values()
