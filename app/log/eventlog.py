@@ -12,7 +12,7 @@ from anyio import to_thread
 from app.core.errors import JournalUnavailable, UnknownScan
 from app.core.event import Event, EventType, make_event
 from app.core.scan import Producer, Progress, Scan
-from app.log.journal import ADVICE, Checkpoint, Journal, Kept, Write
+from app.log.journal import ADVICE, Checkpoint, Forgets, Journal, Kept, Write
 
 Part = tuple[EventType, Mapping[str, Any]]
 READ_BYTES = 256 * 1024
@@ -145,7 +145,7 @@ class EventLog:
     def create(self, scan: Scan) -> None:
         """Makes a place for a scan. It is shown to nobody before its first event is committed."""
         log = self._logs[scan.id] = _ScanLog(scan, None)
-        log.accepted = asyncio.get_running_loop().create_future()
+        log.accepted = self._loop.create_future()
 
     async def append(
         self, scan_id: str, *parts: Part, checkpoint: Checkpoint | None = None, producer: Producer | None = None
@@ -173,14 +173,22 @@ class EventLog:
         if producer is not None:
             tip = tip._replace(producer=producer)
         log.tip, self._last_n = tip, n
-        # The future is its own: a caller that is cancelled cancels nothing else.
-        return self._write(Write(tip, events, self._loop.create_future(), checkpoint, is_told=producer is None))
+        return self._write(tip, events, checkpoint, is_told=producer is None)
 
-    def _write(self, write: Write) -> "asyncio.Future[Scan]":
+    def _write(
+        self,
+        scan: Scan,
+        events: Sequence[Event] = (),
+        checkpoint: Checkpoint | None = None,
+        *,
+        is_told: bool = True,
+        forgets: Forgets | None = None,
+    ) -> "asyncio.Future[Scan]":
         if not self._outbox:
             self._loop.call_soon(self._hand_over)  # to wake another thread costs more than to append
-        self._outbox.append(write)
-        return write.committed
+        committed: asyncio.Future[Scan] = self._loop.create_future()  # its own: who cancels it cancels nothing else
+        self._outbox.append(Write(scan, events, committed, checkpoint, is_told, forgets))
+        return committed
 
     def _hand_over(self) -> None:
         if self._outbox:
@@ -205,7 +213,7 @@ class EventLog:
         if log.progress is None or log.progress is before or log.shown is None or log.shown.state.is_terminal:
             return
         log.progress_event = make_event(EventType.PROGRESS, scan_id, log.shown.seq, asdict(log.progress), self.now_ms())
-        log.progress_timer = asyncio.get_running_loop().call_later(
+        log.progress_timer = self._loop.call_later(
             self._progress_every_s, self._show_progress, scan_id, log, log.progress
         )
         self._tell([scan_id])
@@ -216,12 +224,12 @@ class EventLog:
         log.tip = log.tip._replace(is_trimmed=True)
         if log.events is None:
             log.shown = log.tip  # first: a reader must not find the journal trimmed and take it for whole
-        await self._write(Write(log.tip, (), self._loop.create_future(), forgets="events"))
+        await self._write(log.tip, forgets="events")
 
     async def remove(self, scan_id: str) -> None:
         """Forgets a finished scan."""
         log = self._find(scan_id)
-        await self._write(Write(log.tip, (), self._loop.create_future(), forgets="scan"))
+        await self._write(log.tip, forgets="scan")
 
     def _show(self, writes: Sequence[Write]) -> None:
         changed = []

@@ -24,6 +24,9 @@ class Checkpoint:
     skipped: tuple[Skipped, ...] = ()
 
 
+Forgets = Literal["events", "scan"]  # "events": all but the end, and the checkpoints
+
+
 @dataclass(slots=True, eq=False)  # not frozen, as events are not
 class Write:
     """What becomes durable together: some events of one scan, the scan after them, and perhaps a checkpoint.
@@ -36,7 +39,7 @@ class Write:
     committed: "asyncio.Future[Scan]"  # its own; a caller that is cancelled may have cancelled it
     checkpoint: Checkpoint | None = None
     is_told: bool = True  # whether the events tell all that is new in the scan
-    forgets: Literal["events", "scan"] | None = None  # "events": all but the end, and the checkpoints
+    forgets: Forgets | None = None
 
 
 class Kept(NamedTuple):
